@@ -1,0 +1,147 @@
+"""What a script or a notebook needs: a model with weights, its preprocessing and its tokenizer.
+
+``load`` always has weights, ``create_model`` never has trained ones. Nothing here trains, and nothing here knows ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.config import LossConfig, ModelConfig
+from evaclip.data.batch import PackedText
+from evaclip.data.images import eval_crop
+from evaclip.data.tokenizer import Tokenizer
+from evaclip.errors import CheckpointError, ConfigError
+from evaclip.models.clip import CLIP
+from evaclip.models.clip import create_model as _create_towers
+
+_LOGIT_SCALE = "logit_scale"
+
+
+class Clip:
+    """Images and texts to features of one space.
+
+    Attributes:
+        model: The two towers, a plain ``nn.Module``.
+        config: What they were made from.
+        logit_scale: Multiplier of cosine similarities before a softmax.
+    """
+
+    def __init__(self, model: CLIP, logit_scale: float) -> None:
+        self.model = model.eval()
+        self.config = model.config
+        self.logit_scale = logit_scale
+        self._tokenizer = Tokenizer(model.config.text.context_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; inputs are brought there."""
+        return next(self.model.parameters()).device
+
+    def preprocess(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """A Pillow image of any mode and size as the image tower wants it: RGB, resized, cropped, normalised fp32.
+
+        Raises:
+            BadImage: The image cannot be read as RGB.
+        """
+        tower = self.config.image
+        pixels = eval_crop(image, tower.image_size, tower.resize).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (tower.mean, tower.std))
+        return (pixels - mean) / std
+
+    def tokenize(self, texts: str | Sequence[str]) -> PackedText:
+        """One text or several, packed without padding; longer texts than the context are cut.
+
+        Raises:
+            ValueError: There is no text.
+        """
+        return PackedText.pack(self._tokenizer([texts] if isinstance(texts, str) else texts))
+
+    def encode_image(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | UInt8[Tensor, "batch 3 height width"],
+        *,
+        normalize: bool = False,
+    ) -> Float[Tensor, "batch dim"]:
+        """Features of images. Gradients flow; wrap in ``torch.no_grad()`` where none are wanted.
+
+        Args:
+            images: Stacked results of ``preprocess``, or uint8 pixels, which are normalised here.
+            normalize: Scale every feature to length 1.
+
+        Raises:
+            ValueError: Another shape, or integers that are not uint8.
+        """
+        size = self.config.image.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images have shape {list(images.shape)}, not [batch, 3, {size}, {size}]; "
+                "stack what preprocess returns: torch.stack([clip.preprocess(image), ...])"
+            )
+        return self.model.encode_image(images.to(self.device), normalize=normalize)
+
+    def encode_text(self, tokens: PackedText, *, normalize: bool = False) -> Float[Tensor, "texts dim"]:
+        """Features of texts, in their order. Gradients flow; wrap in ``torch.no_grad()`` where none are wanted.
+
+        Args:
+            tokens: What ``tokenize`` returns.
+            normalize: Scale every feature to length 1.
+
+        Raises:
+            TypeError: Something else than ``tokenize`` returns.
+        """
+        if not isinstance(tokens, PackedText):
+            raise TypeError(f"encode_text takes what clip.tokenize(texts) returns, not {type(tokens).__name__}")
+        return self.model.encode_text(tokens.to(self.device), normalize=normalize)
+
+
+def create_model(name_or_config: str | ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> Clip:
+    """A model with random weights.
+
+    Args:
+        name_or_config: A named model (``EVA02-CLIP-B-16``; ``evaclip models`` lists them) or a configuration.
+        seed: Of the weights.
+        device: Where they go.
+
+    Raises:
+        ConfigError: No model has this name.
+    """
+    config = name_or_config
+    if isinstance(config, str):
+        try:
+            config = ModelConfig.model_validate({"name": config})
+        except ValidationError as error:
+            raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    return Clip(_create_towers(config, seed=seed, device=device), LossConfig().logit_scale)
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
+    """The model of a run directory's newest intact checkpoint, or of the checkpoint at ``path``.
+
+    Raises:
+        CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
+    """
+    checkpoint = Reader(find_checkpoint(path))
+    weights = checkpoint.weights()
+    towers = _create_towers(checkpoint.config.model, device=device)
+    wanted = {name: tuple(value.shape) for name, value in towers.named_parameters()} | {_LOGIT_SCALE: (1,)}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.path} does not hold the model of its configuration: {len(wrong)} parameters differ, such as "
+            f"{wrong[0]} (wanted {wanted.get(wrong[0])}, found {found.get(wrong[0])}); use another checkpoint"
+        )
+    with torch.no_grad():
+        for name, parameter in towers.named_parameters():
+            parameter.copy_(weights[name])
+    return Clip(towers, math.exp(float(weights[_LOGIT_SCALE])))

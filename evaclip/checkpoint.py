@@ -1,0 +1,324 @@
+"""Checkpoints: a folder that is whole or does not exist, readable at any world size and by any engine.
+
+``step_00001000/`` holds ``meta.json`` (progress, slot states, config, versions, checksums), ``config.yaml`` and one
+safetensors file per rank. An entry of such a file is a run of one parameter's elements, ``weight/NAME@START``,
+``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once, and a reader puts together what it
+needs. Files are written under a temporary name, flushed and checksummed (xxh3); the rename of the folder comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evaclip.config import CheckpointConfig, RunConfig
+from evaclip.config_file import dump, flatten, validate
+from evaclip.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from evaclip.distributed import Ranks
+
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+class Entry(NamedTuple):
+    """A run of one parameter's elements to be saved or filled, flat fp32."""
+
+    kind: str
+    name: str
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: everything but tensors."""
+
+    step: int
+    """Attempted updates; also the position in the data and the schedule."""
+    samples: int
+    updates: int
+    """Applied updates, which the bias correction counts."""
+    grad_scale: float
+    slots: int
+    slot_states: dict[int, Any]
+    """Slot -> ``SlotState`` as lists."""
+    digests: dict[str, str]
+    """Source -> identity of its content."""
+    shapes: dict[str, list[int]]
+    """Parameter -> shape, frozen ones included."""
+    metrics: dict[str, float]
+    """Evaluation results at this step."""
+    meter: dict[str, Any]
+    """Running sums of metrics since the last row."""
+    versions: dict[str, str]
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def save(folder: Path, config: RunConfig, progress: Progress, entries: Iterable[Entry], ranks: Ranks) -> Path:
+    """Write ``folder/step_N`` from all ranks; returns it on every rank.
+
+    Communicates two gathers of a few hundred bytes. Training waits until the files are written.
+
+    Raises:
+        CheckpointError: Some rank could not write; nothing of the checkpoint is left, older ones are untouched.
+    """
+    final = folder / f"step_{progress.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    part = f"part_{ranks.rank:05d}.safetensors"
+
+    def open_folder() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def write_part() -> tuple[str, dict[str, Any]]:
+        tensors = {
+            f"{e.kind}/{e.name}@{e.start}": e.values.detach().to("cpu", torch.float32, copy=True) for e in entries
+        }
+        save_file(tensors, temporary / part)
+        _flush(temporary / part)
+        return part, {"size": (temporary / part).stat().st_size, "xxh3": _checksum(temporary / part)}
+
+    def finish(parts: Mapping[str, Any]) -> None:
+        _write(temporary / "config.yaml", dump(config))
+        meta = {"format": FORMAT, **asdict(progress), "config": config.model_dump(mode="json"), "parts": parts}
+        _write(temporary / "meta.json", json.dumps(meta))
+        _flush(temporary)
+        if final.exists():  # a run that was cut back may write a step again
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _write(folder / ".latest.tmp", final.name + "\n")
+        (folder / ".latest.tmp").replace(folder / "latest")
+        _flush(folder)
+
+    try:
+        _together(open_folder if ranks.is_main else None, ranks)
+        parts = dict(_together(write_part, ranks))
+        _together((lambda: finish(parts)) if ranks.is_main else None, ranks)
+    except CheckpointError:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _together(action: Any, ranks: Ranks) -> list[Any]:
+    """Do a rank's part; if it fails on any rank, it has failed on all.
+
+    Raises:
+        CheckpointError: With the first rank's reason.
+    """
+    result, problem = None, ""
+    try:
+        result = action() if action else None
+    except (OSError, SafetensorError) as error:
+        problem = f"the checkpoint could not be written: {error}"
+        if getattr(error, "errno", None) == 28 or "No space left" in str(error):
+            problem += "; free disk space or lower checkpoint.keep_last, and start the run again"
+        else:
+            problem += "; check run_dir, and start the run again"
+    gathered = ranks.gather_objects((result, problem))
+    for _, text in gathered:
+        if text:
+            raise CheckpointError(f"{text} (older checkpoints are intact)")
+    return [value for value, _ in gathered]
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    state = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            state.update(block)
+    return state.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- retention
+
+
+def to_delete(scores: Sequence[tuple[int, float | None]], config: CheckpointConfig) -> list[int]:
+    """Steps whose checkpoints go, given all (step, value of the ``keep_best`` metric): never the newest."""
+    newest_first = sorted(scores, reverse=True)
+    keep = {step for step, _ in newest_first[: config.keep_last]}
+    if config.keep_every_steps:
+        keep |= {step for step, _ in scores if step % config.keep_every_steps == 0}
+    scored = [(value, step) for step, value in scores if value is not None]
+    if config.keep_best and scored:
+        keep.add((max(scored) if config.best_is == "max" else min(scored))[1])
+    return [step for step, _ in sorted(scores) if step not in keep]
+
+
+def delete_old(folder: Path, config: CheckpointConfig) -> list[int]:
+    """Apply the retention rule to a folder of checkpoints; returns the steps that are gone."""
+    found = {int(path.name[5:]): path for path in _steps(folder)}
+    scores = [(step, _read_meta(path).get("metrics", {}).get(config.keep_best)) for step, path in found.items()]
+    gone = to_delete(scores, config)
+    for step in gone:
+        doomed = folder / f".{found[step].name}.deleted"
+        with suppress(FileNotFoundError):
+            found[step].rename(doomed)  # first it stops being a checkpoint, then it goes
+            shutil.rmtree(doomed)
+    return gone
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if (path / "meta.json").is_file())
+
+
+def _read_meta(checkpoint: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}/meta.json cannot be read: {error}") from None
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}")
+    return meta
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; reads every byte."""
+    try:
+        parts: dict[str, Any] = _read_meta(checkpoint)["parts"]
+        for name, part in parts.items():
+            path = checkpoint / name
+            if path.stat().st_size != part["size"]:
+                return f"{path} has {path.stat().st_size} bytes instead of {part['size']}"
+            if _checksum(path) != part["xxh3"]:
+                return f"{path} differs from its checksum"
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and what is wrong with newer ones."""
+    problems: list[str] = []
+    for path in reversed(_steps(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+    return None, problems
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at ``path``, or the newest intact one of the run there.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = Path(path)
+    if (path / "meta.json").is_file():
+        problem = damage(path)
+        if problem:
+            raise CheckpointError(f"{problem}; use an older checkpoint")
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a run directory or one of its checkpoints")
+    found, problems = newest_intact(path / "checkpoints")
+    if found is None:
+        because = f": {problems[0]}" if problems else ""
+        raise CheckpointError(f"{path} holds no intact checkpoint{because}; give a run directory or a checkpoint")
+    return found
+
+
+class Reader:
+    """Random access to a checkpoint's tensors, memory-mapped."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.path = checkpoint
+        meta = _read_meta(checkpoint)
+        names = set(Progress.__dataclass_fields__)
+        fields = {key: value for key, value in meta.items() if key in names}
+        fields["slot_states"] = {int(slot): state for slot, state in fields["slot_states"].items()}
+        self.progress = Progress(**fields)
+        self.config = validate(meta["config"], str(checkpoint))
+        self._parts = [safe_open(checkpoint / part, "pt") for part in meta["parts"]]
+        self._runs: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        for part in self._parts:
+            for key in part.keys():  # noqa: SIM118  not a mapping
+                kind, _, rest = str(key).partition("/")
+                name, _, start = rest.rpartition("@")
+                self._runs.setdefault((kind, name), []).append((int(start), part, str(key)))
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether anything of a tensor was saved."""
+        return (kind, name) in self._runs
+
+    def fill(self, entry: Entry) -> None:
+        """Copy a run of elements out of whatever runs were saved.
+
+        Raises:
+            CheckpointError: Elements are missing.
+        """
+        filled, stop = 0, entry.start + entry.values.numel()
+        for start, part, key in self._runs.get((entry.kind, entry.name), []):
+            length = part.get_slice(key).get_shape()[0]
+            low, high = max(start, entry.start), min(start + length, stop)
+            if low < high:
+                values = part.get_slice(key)[low - start : high - start]
+                entry.values[low - entry.start : high - entry.start].copy_(values)
+                filled += high - low
+        if filled != entry.values.numel():
+            raise CheckpointError(f"{self.path}: {entry.kind} of {entry.name} is incomplete; use an older checkpoint")
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters by name, fp32."""
+        weights: dict[str, Tensor] = {}
+        for name, shape in self.progress.shapes.items():
+            flat = torch.empty(shape, dtype=torch.float32)
+            self.fill(Entry("weight", name, 0, flat.view(-1)))
+            weights[name] = flat
+        return weights
+
+
+def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        ConfigError: Something that makes the model or the data order differs; the message holds the difference.
+    """
+    fixed = ("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks")
+    fixed += ("data.max_image_pixels", "train.global_batch")
+    movable = (".shards", "model.name")  # content is compared by digest, names by what they stand for
+    before, now = flatten(saved), flatten(wanted)
+    changed = [
+        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted({*before, *now})
+        if key.startswith(fixed) and not key.endswith(movable) and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            "\n  ".join([f"{origin} was made by another model or data order; use a new run_dir", *changed])
+        )

@@ -1,0 +1,96 @@
+"""The command line: ``evaclip train | evaluate | config``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaclip import config_file
+from evaclip.config import EvalConfig
+from evaclip.errors import EvaclipError, TrainingStoppedError
+
+_STOPPED = 75  # EX_TEMPFAIL: interrupted, saved, to be continued
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; an ``EvaclipError`` is printed without a stack trace and ends with a non-zero code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except EvaclipError as error:
+        if options.debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+        sys.exit(_STOPPED if isinstance(error, TrainingStoppedError) else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("evaclip", description="Train CLIP encoders that start from MIM weights.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    options = "every option, to be set in CONFIG or as section.key=value:\n\n" + config_file.help_text()
+    train = commands.add_parser(
+        "train", help="train, or continue the run in run_dir", epilog=options, formatter_class=shape, parents=[shared]
+    )
+    show = commands.add_parser("config", help="print the resolved configuration", parents=[shared])
+    for command in (train, show):
+        command.add_argument("config", metavar="CONFIG", help="YAML file")
+        command.add_argument("overrides", metavar="section.key=value", nargs="*", help="options that override the file")
+    train.set_defaults(run=_train)
+    show.set_defaults(run=_show)
+
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint", parents=[shared])
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
+    evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
+    evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), default="zero_shot")
+    evaluate.add_argument("--split", default="test", help="split of a CLIP_benchmark folder (default: test)")
+    evaluate.add_argument("--class-names", metavar="FILE", help="one class name per line")
+    evaluate.add_argument("--templates", metavar="FILE", help="one template per line, {c} stands for the name")
+    evaluate.add_argument("--limit", type=int, help="only the first records")
+    evaluate.add_argument("--batch", type=int, help="images per rank and forward pass")
+    evaluate.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: the run's")
+    evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and predictions there")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = config_file.load(options.config, options.overrides)
+    from evaclip.train import train  # noqa: PLC0415  torch takes seconds, mistakes should not
+
+    train(config)
+
+
+def _show(options: argparse.Namespace) -> None:
+    print(config_file.dump(config_file.load(options.config, options.overrides)), end="")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    datasets = _datasets(options) if options.dataset else None
+    from evaclip.evaluation.checkpoint import evaluate_checkpoint  # noqa: PLC0415  as above
+
+    evaluate_checkpoint(
+        Path(options.checkpoint),
+        datasets,
+        batch=options.batch,
+        precision=options.precision,
+        output=Path(options.output) if options.output else None,
+    )
+
+
+def _datasets(options: argparse.Namespace) -> dict[str, Any]:
+    """The one dataset that the command line describes, under its folder's name."""
+    fields: dict[str, object] = {"task": options.task, "path": options.dataset, "split": options.split}
+    fields |= {"limit": options.limit} if options.limit is not None else {}
+    if options.task == "zero_shot":
+        fields |= {"class_names": options.class_names, "templates": options.templates}
+    name = Path(options.dataset).name.partition(".")[0] or "dataset"
+    return EvalConfig.model_validate({"datasets": {name: fields}}).datasets

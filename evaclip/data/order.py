@@ -1,0 +1,314 @@
+"""Who reads what, and when: the order of samples as arithmetic (DESIGN section 5).
+
+Everything here is a pure function of small integers, without torch and without I/O: a stream that stops can start
+again anywhere, on any number of ranks and workers. This module does not know what a record contains.
+
+A source is a list of shards; a shard is a list of blocks of consecutive records. Each pass over a source permutes its
+blocks and deals them to ``slots``; a slot takes its blocks in windows and shuffles the records of a window. A slot
+fills ``global_batch / slots`` samples of every step, and a rank owns ``slots / world_size`` neighbouring slots.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from evaclip.errors import ConfigError, DataError
+
+_MASK = (1 << 64) - 1
+_BLOCKS, _RECORDS, _SOURCE = 1, 2, 3  # what a hash is drawn for
+
+
+def hash64(*words: int) -> int:
+    """Mix integers into 64 bits (the finaliser of splitmix64, doi:10.1145/2714064.2660195, once per word)."""
+    state = 0
+    for word in words:
+        state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def name_hash(name: str) -> int:
+    """A name as 64 bits, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def uniform(seed: int, *words: int) -> float:
+    """A number in [0, 1) that is a function of its arguments."""
+    return (hash64(seed, *words) >> 11) / (1 << 53)
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where ``index`` goes in the permutation of ``range(size)`` that ``key`` names.
+
+    A four-round Feistel network over the next even number of bits, walked until it lands inside the range (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, at most four rounds of the network on average.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for round_number in range(4):
+            left, right = right, left ^ (hash64(key, round_number, right) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+class Block(NamedTuple):
+    """Consecutive records of one shard."""
+
+    shard: int
+    first: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a source's records fall into blocks."""
+
+    shard_records: tuple[int, ...]
+    block_records: int
+
+    @cached_property
+    def _block_ends(self) -> list[int]:
+        return list(accumulate(-(-records // self.block_records) for records in self.shard_records))
+
+    @cached_property
+    def first_records(self) -> list[int]:
+        """For each shard, how many records lie in the shards before it."""
+        return [0, *accumulate(self.shard_records)][:-1]
+
+    @property
+    def num_records(self) -> int:
+        """Records of all shards."""
+        return sum(self.shard_records)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all shards."""
+        return self._block_ends[-1]
+
+    def block(self, index: int) -> Block:
+        """The ``index``-th block."""
+        shard = bisect.bisect_right(self._block_ends, index)
+        within = index - (self._block_ends[shard - 1] if shard else 0)
+        first = within * self.block_records
+        return Block(shard, first, min(self.block_records, self.shard_records[shard] - first))
+
+
+def layout_for(shard_records: Sequence[int], slots: int, block_records: int) -> Layout:
+    """The layout with the largest blocks, up to ``block_records``, that gives every slot four of them in a pass.
+
+    Small sources get small blocks, in the end single records: few shards are normal.
+    """
+    records = tuple(shard_records)
+    layout = Layout(records, block_records)
+    while layout.block_records > 1 and layout.num_blocks < 4 * slots:
+        layout = Layout(records, layout.block_records // 2)
+    return layout
+
+
+@dataclass(frozen=True)
+class SourceOrder:
+    """What the order needs to know of a source."""
+
+    name: str
+    weight: float
+    layout: Layout
+
+    @cached_property
+    def key(self) -> int:
+        """The source's name as a number."""
+        return name_hash(self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a whole run."""
+
+    seed: int
+    slots: int
+    window_blocks: int
+    sources: tuple[SourceOrder, ...]
+
+    @cached_property
+    def _shares(self) -> list[float]:
+        total = sum(source.weight for source in self.sources)
+        return list(accumulate(source.weight / total for source in self.sources))
+
+    def source_of(self, slot: int, number: int) -> int:
+        """Index of the source that gives the slot's ``number``-th sample."""
+        drawn = uniform(self.seed, _SOURCE, slot, number)
+        return min(bisect.bisect_right(self._shares, drawn), len(self.sources) - 1)
+
+    def window(self, source: int, pass_number: int, slot: int, window: int) -> list[Block]:
+        """Blocks of a slot's window in a pass; empty behind the last one."""
+        order = self.sources[source]
+        blocks = order.layout.num_blocks
+        key = hash64(self.seed, _BLOCKS, order.key, pass_number)
+        # Dealing begins with another slot in each pass, so that a source with few blocks reaches all slots.
+        start = (slot + pass_number) % self.slots + window * self.window_blocks * self.slots
+        dealt = range(start, min(blocks, start + self.window_blocks * self.slots), self.slots)
+        return [order.layout.block(permute(position, blocks, key)) for position in dealt]
+
+    def shuffled(self, source: int, pass_number: int, slot: int, window: int, offset: int, size: int) -> int:
+        """Place, among a window's ``size`` records, of the one that comes ``offset``-th."""
+        return permute(offset, size, hash64(self.seed, _RECORDS, self.sources[source].key, pass_number, slot, window))
+
+    def sample_seed(self, source: int, pass_number: int, shard: int, record: int) -> int:
+        """63 random bits for everything that is random about a sample."""
+        order = self.sources[source]
+        return hash64(self.seed, order.key, pass_number, order.layout.first_records[shard] + record) >> 1
+
+
+class Place(NamedTuple):
+    """Where a slot stands in a source: the next record to take."""
+
+    pass_number: int = 0
+    window: int = 0
+    offset: int = 0
+
+
+class Pick(NamedTuple):
+    """One record that a slot takes."""
+
+    source: int
+    pass_number: int
+    shard: int
+    record: int
+
+
+class SlotState(NamedTuple):
+    """All that a slot remembers: JSON keeps it as three lists."""
+
+    places: tuple[Place, ...]
+    """Per source."""
+    delivered: tuple[int, ...]
+    """Samples per source."""
+    skipped: tuple[tuple[int, str, int], ...] = ()
+    """Source, reason, number of bad records."""
+
+    @classmethod
+    def parse(cls, value: Sequence[Any]) -> SlotState:
+        """The state that JSON kept."""
+        places, delivered, skipped = value
+        return cls(tuple(Place(*place) for place in places), tuple(delivered), tuple((*entry,) for entry in skipped))
+
+
+class SlotCursor:
+    """A slot's walk through its records.
+
+    Its owner takes a record from ``next_source()`` and says what became of it: ``deliver`` or ``skip``. A skipped one
+    is replaced by taking again from the same source, so delivered + skipped = taken, for every source and slot.
+    """
+
+    def __init__(self, plan: Plan, slot: int, state: SlotState | None = None) -> None:
+        self.plan = plan
+        self.slot = slot
+        self._places = list(state.places) if state else [Place() for _ in plan.sources]
+        self._delivered = list(state.delivered) if state else [0] * len(plan.sources)
+        self._skipped = {(source, why): number for source, why, number in state.skipped} if state else {}
+        self._windows: dict[int, tuple[tuple[int, int], list[Block], int]] = {}
+
+    @property
+    def state(self) -> SlotState:
+        """What a new cursor needs to go on from here."""
+        skipped = tuple((source, why, number) for (source, why), number in sorted(self._skipped.items()))
+        return SlotState(tuple(self._places), tuple(self._delivered), skipped)
+
+    def next_source(self) -> int:
+        """Source of the next sample to deliver."""
+        return self.plan.source_of(self.slot, sum(self._delivered))
+
+    def deliver(self, source: int) -> None:
+        """Count the record taken last as a sample."""
+        self._delivered[source] += 1
+
+    def skip(self, source: int, reason: str) -> None:
+        """Count the record taken last as bad."""
+        self._skipped[source, reason] = self._skipped.get((source, reason), 0) + 1
+
+    def take(self, source: int) -> Pick:
+        """The next record of a source."""
+        while True:
+            place = self._places[source]
+            blocks, size = self._window(source, place)
+            if place.offset < size:
+                break
+            # A pass ends with its first empty window; a slot that is dealt no block of a small source skips the pass.
+            self._places[source] = Place(place.pass_number, place.window + 1) if size else Place(place.pass_number + 1)
+        self._places[source] = place._replace(offset=place.offset + 1)
+        within = self.plan.shuffled(source, place.pass_number, self.slot, place.window, place.offset, size)
+        for block in blocks:
+            if within < block.size:
+                return Pick(source, place.pass_number, block.shard, block.first + within)
+            within -= block.size
+        raise AssertionError("a window holds as many records as its blocks")
+
+    def _window(self, source: int, place: Place) -> tuple[list[Block], int]:
+        at = (place.pass_number, place.window)
+        cached = self._windows.get(source)
+        if cached is None or cached[0] != at:
+            blocks = self.plan.window(source, place.pass_number, self.slot, place.window)
+            cached = self._windows[source] = (at, blocks, sum(block.size for block in blocks))
+        return cached[1], cached[2]
+
+
+# ------------------------------------------------------------------------------------------ slots, ranks and workers
+
+
+def choose_slots(global_batch: int, world_size: int, wanted: int | None = None) -> int:
+    """Number of slots: ``wanted``, or the smallest fitting divisor of the global batch from 256 up.
+
+    Raises:
+        ConfigError: The global batch, the slots or the ranks do not divide one another.
+    """
+    if global_batch % world_size:
+        below = global_batch - global_batch % world_size
+        near = [batch for batch in (below, below + world_size) if batch > 0]
+        raise ConfigError(
+            f"train.global_batch {global_batch} cannot be divided among {world_size} ranks; "
+            f"the nearest that can are {' and '.join(map(str, near))}"
+        )
+    fitting = [d for d in range(world_size, global_batch + 1, world_size) if global_batch % d == 0]
+    if wanted is None:
+        return next((d for d in fitting if d >= 256), fitting[-1])
+    if wanted not in fitting:
+        raise ConfigError(
+            f"data.slots {wanted} must divide train.global_batch {global_batch} and be a multiple of the "
+            f"{world_size} ranks; choose one of {', '.join(map(str, fitting))}"
+        )
+    return wanted
+
+
+def slots_of_rank(slots: int, rank: int, world_size: int) -> range:
+    """A rank's slots: neighbours, so that the ranks' batches joined in rank order are the global batch."""
+    share = slots // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def slots_of_worker(rank_slots: range, worker: int, workers: int) -> range:
+    """A worker's slots: neighbours again, shares differ by one at most."""
+    start, stop = (len(rank_slots) * part // workers for part in (worker, worker + 1))
+    return rank_slots[start:stop]
+
+
+def require_records(records: int, global_batch: int) -> None:
+    """Refuse data that cannot fill one update.
+
+    Raises:
+        DataError: There are fewer records than samples in a batch.
+    """
+    if records < global_batch:
+        raise DataError(
+            f"the sources hold {records} records, fewer than train.global_batch {global_batch}; "
+            f"add shards or lower train.global_batch"
+        )

@@ -1,0 +1,228 @@
+"""From a plan to batches: workers draw their slots' samples, the training process joins what they deliver.
+
+A worker delivers, for every step, the part of its slots together with their states, so prefetched data never counts
+as used and the batch of step t depends neither on the number of workers nor on that of ranks.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from evaclip.config import RunConfig
+from evaclip.data.batch import Batch, PackedText
+from evaclip.data.order import (
+    Plan,
+    SlotCursor,
+    SlotState,
+    SourceOrder,
+    layout_for,
+    require_records,
+    slots_of_rank,
+    slots_of_worker,
+)
+from evaclip.data.readers import BadRecordError, OpenedSource, Reader, Sample
+from evaclip.errors import DataError
+
+if TYPE_CHECKING:
+    from evaclip.distributed import Ranks
+
+_BAD_IN_A_ROW = 500  # a slot that meets this many unusable records one after the other gives up
+
+
+def make_plan(config: RunConfig, sources: Mapping[str, OpenedSource], slots: int) -> Plan:
+    """The order of the run.
+
+    Raises:
+        DataError: There are fewer records than one global batch.
+    """
+    require_records(sum(sum(source.shard_records) for source in sources.values()), config.train.global_batch)
+    orders = tuple(
+        SourceOrder(
+            name,
+            config.data.sources[name].weight,
+            layout_for(source.shard_records, slots, config.data.block_records),
+        )
+        for name, source in sources.items()
+    )
+    return Plan(config.seed, slots, config.data.window_blocks, orders)
+
+
+# -------------------------------------------------------------------------------------------------------- streaming
+
+
+class Part(NamedTuple):
+    """What a worker delivers for one step."""
+
+    images: Tensor
+    """uint8 [samples, 3, size, size]."""
+    tokens: Tensor
+    """int32, all captions one after the other."""
+    lengths: list[int]
+    seeds: Tensor
+    """int64 [samples]."""
+    states: list[SlotState]
+    """Of the worker's slots, behind this step."""
+
+
+class _SlotParts(IterableDataset[Part]):
+    """The parts of one worker's slots, one per step."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        readers: Sequence[Reader],
+        slots: range,
+        per_slot: int,
+        states: Mapping[int, SlotState],
+        steps: int,
+    ) -> None:
+        self.plan, self.readers, self.slots, self.per_slot = plan, readers, slots, per_slot
+        self.states, self.steps = states, steps
+
+    def __iter__(self) -> Iterator[Part]:
+        worker = get_worker_info()
+        own = slots_of_worker(self.slots, worker.id, worker.num_workers) if worker else self.slots
+        cursors = [SlotCursor(self.plan, slot, self.states.get(slot)) for slot in own]
+        for _ in range(self.steps):
+            drawn = [self._next(cursor) for cursor in cursors for _ in range(self.per_slot)]
+            samples, seeds = [sample for sample, _ in drawn], [seed for _, seed in drawn]
+            yield Part(
+                torch.stack([sample.image for sample in samples]),
+                torch.tensor([token for sample in samples for token in sample.tokens], dtype=torch.int32),
+                [len(sample.tokens) for sample in samples],
+                torch.tensor(seeds, dtype=torch.int64),
+                [cursor.state for cursor in cursors],
+            )
+
+    def _next(self, cursor: SlotCursor) -> tuple[Sample, int]:
+        source = cursor.next_source()
+        reasons: list[str] = []
+        while True:
+            pick = cursor.take(source)
+            seed = self.plan.sample_seed(source, pick.pass_number, pick.shard, pick.record)
+            try:
+                sample = self.readers[source].load(pick.shard, pick.record, seed)
+            except BadRecordError as error:
+                cursor.skip(source, error.reason)
+                reasons.append(error.reason)
+                if len(reasons) < _BAD_IN_A_ROW:
+                    continue
+                raise DataError(
+                    f"source {self.plan.sources[source].name}: {len(reasons)} records in a row cannot be used, "
+                    f"the last in {self.readers[source].describe(pick.shard)}: "
+                    + ", ".join(f"{reasons.count(why)} {why}" for why in sorted(set(reasons)))
+                ) from None
+            cursor.deliver(source)
+            return sample, seed
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; workers must live until the checkpoint is written."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Stream:
+    """A rank's batches, each with the state behind it: ``for batch, states in stream``.
+
+    ``states`` maps each of the rank's slots to where it stands; give the union over all ranks back to continue, on
+    any number of ranks and workers.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        sources: Mapping[str, OpenedSource],
+        ranks: Ranks,
+        *,
+        steps: int,
+        states: Mapping[int, SlotState],
+        token_multiple: int = 1,
+    ) -> None:
+        self.slots = slots_of_rank(plan.slots, ranks.rank, ranks.world_size)
+        self._token_multiple = token_multiple
+        self._workers = min(config.data.workers, len(self.slots))
+        readers = [source.reader for source in sources.values()]
+        per_slot = config.train.global_batch // plan.slots
+        parts = _SlotParts(plan, readers, self.slots, per_slot, states, steps)
+        self._loader = DataLoader(
+            parts,
+            batch_size=None,
+            num_workers=self._workers,
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+        self._pin = ranks.device.type == "cuda"
+
+    def __iter__(self) -> Iterator[tuple[Batch, dict[int, SlotState]]]:
+        parts = iter(self._loader)
+        # Workers answer in turn, so each group of as many parts is one step, in the order of the slots.
+        for group in zip(*[parts] * max(1, self._workers), strict=True):
+            yield self._join(group)
+
+    def _join(self, parts: Sequence[Part]) -> tuple[Batch, dict[int, SlotState]]:
+        captions: list[list[int]] = []
+        for part in parts:
+            tokens = part.tokens.tolist()
+            start = 0
+            for length in part.lengths:
+                captions.append(tokens[start : start + length])
+                start += length
+        batch = Batch(
+            images=torch.cat([part.images for part in parts]),
+            text=PackedText.pack(captions, multiple_of=self._token_multiple),
+            seeds=torch.cat([part.seeds for part in parts]),
+        )
+        states = [state for part in parts for state in part.states]
+        return batch.pin_memory() if self._pin else batch, dict(zip(self.slots, states, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- accounting
+
+
+class SourceAccount(NamedTuple):
+    """What has become of a source's records; delivered + skipped = taken."""
+
+    passes: float
+    """Passes over the source, the running one as a fraction."""
+    delivered: int
+    skipped: dict[str, int]
+    """Reason -> records."""
+
+
+def account(plan: Plan, states: Mapping[int, SlotState]) -> dict[str, SourceAccount]:
+    """Add up slot states per source."""
+    accounts: dict[str, SourceAccount] = {}
+    for number, source in enumerate(plan.sources):
+        skipped: dict[str, int] = {}
+        for state in states.values():
+            for which, reason, count in state.skipped:
+                if which == number:
+                    skipped[reason] = skipped.get(reason, 0) + count
+        delivered = sum(state.delivered[number] for state in states.values())
+        passes = (delivered + sum(skipped.values())) / source.layout.num_records
+        accounts[source.name] = SourceAccount(passes, delivered, skipped)
+    return accounts
+
+
+def require_few_bad(accounts: Mapping[str, SourceAccount], most: float) -> None:
+    """Stop at too many unusable records; small numbers are given the benefit of the doubt.
+
+    Raises:
+        DataError: A source's share of bad records is above ``most``.
+    """
+    for name, entry in accounts.items():
+        bad = sum(entry.skipped.values())
+        taken = bad + entry.delivered
+        if bad > max(10, most * taken):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.skipped.items()))
+            raise DataError(
+                f"source {name}: {bad} of {taken} records cannot be used ({reasons}), more than "
+                f"data.max_bad_fraction {most}; mend the shards or raise the limit"
+            )

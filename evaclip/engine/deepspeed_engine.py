@@ -1,0 +1,139 @@
+"""DeepSpeed ZeRO (arXiv:1910.02054), stages 1 to 3: the one module that imports deepspeed.
+
+DeepSpeed flattens the parameters of its single group and gives our optimizer this rank's slice; ``_spans`` says which
+element of the slice is which parameter's. Gradients are averaged by DeepSpeed, hence the factor ``world_size``, and
+clipped by our optimizer alone. Stages 1 and 2 leave the check for non-finite values to our optimizer, on the device;
+stage 3 makes its own before it steps, with the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evaclip.optim.base import Span
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecations inside DeepSpeed's imports
+    import deepspeed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from evaclip.data.batch import Batch
+    from evaclip.distributed import Ranks
+    from evaclip.engine.prepare import PreparedTowers
+    from evaclip.models.clip import Features
+    from evaclip.optim.base import TableOptimizer
+
+
+class DeepSpeedEngine:
+    """See ``protocol.Engine``."""
+
+    def __init__(
+        self,
+        towers: PreparedTowers,
+        parameters: Sequence[nn.Parameter],
+        optimizer: TableOptimizer,
+        ranks: Ranks,
+        *,
+        zero_stage: int,
+        sixteen_bit: bool,
+        micro_batch: int,
+    ) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.towers = towers
+        self.optimizer = optimizer
+        self._ranks = ranks
+        self._stage = zero_stage
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DeepSpeed's own uses of deprecated torch calls
+            self._engine: Any = deepspeed.initialize(
+                model=towers,
+                optimizer=optimizer,
+                config=_settings(zero_stage, sixteen_bit=sixteen_bit, micro_batch=micro_batch),
+                dist_init_required=False,
+            )[0]
+        row_of = {id(parameter): row for row, parameter in enumerate(parameters)}
+        optimizer.bind(_spans(self._engine.optimizer, zero_stage, row_of, ranks), sharded=True)
+
+    def forward(self, batch: Batch) -> Features:
+        """See ``protocol.Engine.forward``."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        return self._engine(batch.images, batch.text, batch.seeds)
+
+    def backward(self, surrogate: Tensor) -> None:
+        """See ``protocol.Engine.backward``."""
+        self._engine.backward(surrogate * self._ranks.world_size, scale_wrt_gas=False)
+
+    def step(self, lr_factor: float, loss: Tensor) -> None:
+        """See ``protocol.Engine.step``."""
+        optimizer = self.optimizer
+        optimizer.factor, optimizer.loss = lr_factor, loss
+        self._engine.step()
+        if self._stage == 3 and self._engine.optimizer.overflow:  # our optimizer was not called
+            optimizer.consecutive_skips += 1
+            optimizer.grad_norm = torch.full_like(optimizer.grad_norm, torch.inf)
+
+    def refresh_weights(self) -> None:
+        """See ``protocol.Engine.refresh_weights``."""
+        zero = self._engine.optimizer
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        for group, master in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[group].data.copy_(master.data)
+        for parameter in zero.persistent_parameters:
+            parameter.all_gather(param_list=[parameter])
+
+
+def _settings(zero_stage: int, *, sixteen_bit: bool, micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; everything that it would do a second time is off."""
+    zero = {"stage": zero_stage, "sub_group_size": 10**15}
+    if zero_stage < 3:
+        zero["compute_grad_norm"] = False
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    if sixteen_bit:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": zero_stage == 3}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _spans(zero: Any, stage: int, row_of: dict[int, int], ranks: Ranks) -> list[tuple[Tensor, list[Span]]]:
+    """For each flat fp32 slice of this rank, where which parameters lie in it."""
+    found: list[tuple[Tensor, list[Span]]] = []
+    if stage < 3:
+        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+            spans: list[Span] = []
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    high, low = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                    spans.append(Span(row_of[id(parameter)], low.start, high.numel, high.start))
+            found.append((flat, spans))
+        return found
+    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        spans, offset = [], 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            start = ranks.rank * size
+            real = min(size, parameter.ds_numel - start)
+            if real > 0:
+                spans.append(Span(row_of[id(parameter)], start, real, offset))
+            offset += size
+        found.append((flat, spans))
+    return found

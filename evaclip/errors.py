@@ -1,0 +1,23 @@
+"""Errors that are for users: the command line prints their message alone, without a stack trace."""
+
+from __future__ import annotations
+
+
+class EvaclipError(Exception):
+    """Something a person can mend; the message names the cause, the value and the remedy."""
+
+
+class ConfigError(EvaclipError):
+    """The configuration is invalid, or does not fit the machine or the run it would continue."""
+
+
+class DataError(EvaclipError):
+    """Shards, captions or evaluation sets that cannot be used."""
+
+
+class CheckpointError(EvaclipError):
+    """A checkpoint that cannot be written, read or continued."""
+
+
+class TrainingStoppedError(EvaclipError):
+    """Training ended before its last step, by a rule or by a signal."""

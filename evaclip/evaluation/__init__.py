@@ -1,0 +1,66 @@
+"""What is measured on data that was not trained on: zero-shot classification, retrieval, validation loss.
+
+Every rank calls ``evaluate`` and gets all results; values do not depend on the number of ranks beyond the rounding of
+the features. Which set is measured how is the configuration's to say, when it happens the loop's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import assert_never
+
+from evaclip.config import EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
+from evaclip.data.tokenizer import Tokenizer
+from evaclip.distributed import Ranks
+from evaclip.evaluation.encoding import Bench, Encoder
+from evaclip.evaluation.results import METRICS, Predictions, Result, format_table, write_results
+from evaclip.evaluation.retrieval import retrieve
+from evaclip.evaluation.validation_loss import measure_loss
+from evaclip.evaluation.zero_shot import classify
+
+__all__ = ["METRICS", "Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
+
+_tokenizer = lru_cache(maxsize=1)(Tokenizer)  # building one takes longer than a small set
+
+
+def evaluate(
+    encoder: Encoder,
+    logit_scale: float,
+    config: EvalConfig,
+    model: ModelConfig,
+    ranks: Ranks,
+    *,
+    workers: int,
+    index_dir: str | None,
+    max_image_pixels: int,
+) -> Iterator[Result]:
+    """Measure the datasets of a configuration, one after the other.
+
+    Args:
+        encoder: The two towers, on ``ranks.device``.
+        logit_scale: Multiplier of the similarities, for the validation loss.
+        config: Names the sets and the batch.
+        model: What the encoder was made from: image size, normalisation, context length.
+        ranks: Every rank must call this and take all results.
+        workers: Processes per rank that read and decode; 0: this one does.
+        index_dir: Where shard indexes are kept; None: beside each shard.
+        max_image_pixels: Larger images are refused.
+
+    Yields:
+        A result per set; iterating over one gives ``(eval/NAME/METRIC, value)``.
+
+    Raises:
+        DataError: On every rank, if something in a set is missing or wrong; nothing is skipped.
+    """
+    bench = Bench(encoder, model, _tokenizer(model.text.context_length), ranks, config.batch, workers, max_image_pixels)
+    for name, dataset in config.datasets.items():
+        match dataset:
+            case ZeroShotDataset():
+                yield classify(name, dataset, bench, index_dir)
+            case RetrievalDataset():
+                yield retrieve(name, dataset, bench, index_dir)
+            case ValidationLossDataset():
+                yield measure_loss(name, dataset, bench, index_dir, logit_scale)
+            case _:
+                assert_never(dataset)

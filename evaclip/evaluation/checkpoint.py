@@ -1,0 +1,62 @@
+"""``evaclip evaluate``: measure what a run or a checkpoint holds, on one rank or, under torchrun, on several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaclip import api
+from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.distributed import started
+from evaclip.engine.prepare import PreparedTowers
+from evaclip.errors import ConfigError
+from evaclip.evaluation import evaluate, format_table, write_results
+
+if TYPE_CHECKING:
+    from evaclip.config import Dataset
+
+
+def evaluate_checkpoint(
+    path: Path,
+    datasets: Mapping[str, Dataset] | None,
+    *,
+    batch: int | None,
+    precision: str | None,
+    output: Path | None,
+) -> None:
+    """Evaluate and print a table.
+
+    Args:
+        path: Run directory or checkpoint.
+        datasets: What to measure; None: the run's own.
+        batch: Images per rank and forward pass; None: the run's.
+        precision: bf16, fp16 or fp32; None: the run's.
+        output: Where ``evaluation.json`` and predictions are written.
+
+    Raises:
+        EvaclipError: With a message for the user.
+    """
+    with started(need_group=False) as ranks:
+        checkpoint = find_checkpoint(path)
+        config = Reader(checkpoint).config
+        chosen = config.eval.datasets if datasets is None else dict(datasets)
+        if not chosen:
+            raise ConfigError(f"{checkpoint} names no datasets; give one with --dataset PATH")
+        clip = api.load(checkpoint, device=ranks.device)
+        results = list(
+            evaluate(
+                PreparedTowers(clip.model, precision or config.train.precision, ranks.device),
+                clip.logit_scale,
+                config.eval.model_copy(update={"datasets": chosen, "batch": batch or config.eval.batch}),
+                config.model,
+                ranks,
+                workers=config.data.workers,
+                index_dir=config.data.index_dir,
+                max_image_pixels=config.data.max_image_pixels,
+            )
+        )
+        if ranks.is_main:
+            print(f"{checkpoint}\n{format_table(results)}")  # noqa: T201  what the command is for
+            if output:
+                write_results(output, results)

@@ -1,0 +1,152 @@
+"""From records and words to features, sharded over the ranks.
+
+Item i belongs to rank ``i % world_size``. Every rank gets equally many items, the last one repeated where they do not
+divide, and so calls the towers equally often with equally many images: ZeRO-3 needs that, because its modules
+communicate. Repeated items are cut off when the ranks' results are put together again.
+
+Communication is what ``Ranks`` offers and nothing else; this module does not know what is measured.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from evaclip.config import ImageTowerConfig, ModelConfig
+from evaclip.data.batch import PackedText
+from evaclip.data.tokenizer import Tokenizer
+from evaclip.distributed import Ranks
+from evaclip.errors import DataError
+from evaclip.evaluation.datasets import EvalRecord, Records, agreed, image_of
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """The two towers; ``models.clip.CLIP``, or an engine around it."""
+
+    def encode_image(self, images: UInt8[Tensor, "batch 3 height width"], *, normalize: bool) -> Tensor:
+        """Features [batch, dim]."""
+        ...
+
+    def encode_text(self, text: PackedText, *, normalize: bool) -> Tensor:
+        """Features [captions, dim], in the caller's order."""
+        ...
+
+
+def share(count: int, ranks: Ranks) -> list[int]:
+    """This rank's items of ``count``; equally many on all ranks, so the last item may be given out more than once."""
+    per_rank = -(-count // ranks.world_size)
+    return [min(ranks.rank + ranks.world_size * turn, count - 1) for turn in range(per_rank)]
+
+
+def in_order(rows: Shaped[Tensor, "share ..."], count: int, ranks: Ranks) -> Shaped[Tensor, "count ..."]:
+    """What the ranks made of their ``share``, in the order of the items; every rank gets all of it.
+
+    Communicates ``count`` rows in all.
+    """
+    gathered = ranks.gather_rows(rows).unflatten(0, (ranks.world_size, len(rows)))
+    return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+
+class _Parsed(Dataset[Any]):
+    """Images and parsed records by number; an error is a value, because workers wrap what they raise in a trace."""
+
+    def __init__(
+        self, records: Records, tower: ImageTowerConfig, max_pixels: int, parse: Callable[[EvalRecord], Any]
+    ) -> None:
+        self.records, self.tower, self.max_pixels, self.parse = records, tower, max_pixels, parse
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Any] | DataError:
+        try:
+            record = self.records.read(number)
+            return image_of(record, self.tower, self.max_pixels), self.parse(record)
+        except DataError as error:
+            return error
+
+
+def _collate(items: Sequence[tuple[Tensor, Any] | DataError]) -> tuple[Tensor, list[Any]] | DataError:
+    images: list[Tensor] = []
+    values: list[Any] = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        images.append(item[0])
+        values.append(item[1])
+    return torch.stack(images), values
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the training process decides what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive parts of at most ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, the ranks it runs on, and how records are fed to it."""
+
+    encoder: Encoder
+    model: ModelConfig
+    tokenizer: Tokenizer
+    ranks: Ranks
+    batch: int
+    """Images or captions per rank and call."""
+    workers: int
+    """Processes that read and decode; 0: this one does."""
+    max_image_pixels: int
+
+    def images(
+        self, records: Records, parse: Callable[[EvalRecord], T]
+    ) -> Iterator[tuple[Float[Tensor, "batch dim"], list[T]]]:
+        """Normalised fp32 features of this rank's share, batch by batch, with what ``parse`` makes of each record.
+
+        Communicates one number per batch: whether every rank could read its records.
+
+        Raises:
+            DataError: On every rank, if a record of any rank cannot be used.
+        """
+        mine = share(len(records), self.ranks)
+        loader = DataLoader(
+            _Parsed(records, self.model.image, self.max_image_pixels, parse),
+            self.batch,
+            sampler=mine,
+            num_workers=min(self.workers, -(-len(mine) // self.batch)),
+            collate_fn=_collate,
+            worker_init_fn=_leave_signals_to_the_parent,
+            pin_memory=self.ranks.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the training's
+        )
+        for loaded in loader:
+            with agreed(self.ranks):
+                if isinstance(loaded, DataError):
+                    raise loaded
+            images, values = loaded
+            # Not inference_mode: what an engine gathers or a module keeps here must stay usable in training.
+            with torch.no_grad():
+                features = self.encoder.encode_image(
+                    images.to(self.ranks.device, non_blocking=True), normalize=True
+                ).float()
+            yield features, values
+
+    def texts(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
+        """Normalised fp32 features of texts; every rank must give equally many."""
+        features: list[Tensor] = []
+        for part in in_batches(texts, self.batch):
+            packed = PackedText.pack(self.tokenizer(list(part))).to(self.ranks.device)
+            with torch.no_grad():
+                features.append(self.encoder.encode_text(packed, normalize=True).float())
+        return torch.cat(features)

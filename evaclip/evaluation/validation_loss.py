@@ -1,0 +1,54 @@
+"""The training loss on held-out pairs: symmetric InfoNCE over consecutive groups of ``eval.batch`` pairs.
+
+InfoNCE depends on the number of pairs it is taken over, so every group is full and what remains behind the last full
+group is left out. Groups are consecutive records whatever the number of ranks. Values of different ``eval.batch`` do
+not compare, nor do they with the training loss unless ``eval.batch`` is the global batch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from evaclip.config import ValidationLossDataset
+from evaclip.distributed import Ranks
+from evaclip.errors import DataError
+from evaclip.evaluation.datasets import captions_of, open_records
+from evaclip.evaluation.encoding import Bench, in_order
+from evaclip.evaluation.results import METRICS, Result
+from evaclip.loss import info_nce
+
+
+def measure_loss(
+    name: str, dataset: ValidationLossDataset, bench: Bench, index_dir: str | None, logit_scale: float
+) -> Result:
+    """Mean loss of the full groups at the given multiplier of the similarities.
+
+    In shards, the whole ``txt`` is the caption, as in training; in CLIP_benchmark's layout its first line.
+
+    Communicates the features of one group per rank at a time; every rank computes every group.
+
+    Raises:
+        DataError: There are fewer records than one group, or, on every rank, an image or a caption cannot be used.
+    """
+    records = open_records(dataset, index_dir, bench.ranks)
+    if len(records) < bench.batch:
+        raise DataError(
+            f"{dataset.path}: {len(records)} records do not fill one group of {bench.batch} pairs; "
+            f"lower eval.batch to {len(records)} or add records"
+        )
+    records = records.first(len(records) // bench.batch * bench.batch)
+    alone, scale = Ranks(device=bench.ranks.device), torch.tensor(logit_scale, device=bench.ranks.device)
+    losses: list[torch.Tensor] = []
+    done = 0
+    for images, captions in bench.images(records, partial(captions_of, per_line=records.caption_per_line)):
+        # The ranks' batches interleave to consecutive records: item i belongs to rank i % world_size.
+        count = min(len(images) * bench.ranks.world_size, len(records) - done)
+        done += count
+        all_images = in_order(images, count, bench.ranks)
+        all_texts = in_order(bench.texts([texts[0] for texts in captions]), count, bench.ranks)
+        groups = zip(all_images.split(bench.batch), all_texts.split(bench.batch), strict=True)
+        losses += [info_nce(image, text, scale, alone).loss for image, text in groups]
+    value = float(torch.stack(losses).double().mean())
+    return Result(name, "loss", dict(zip(METRICS["loss"], [value], strict=True)), len(records))

@@ -1,0 +1,170 @@
+"""The metrics of a run as one file, ``metrics.jsonl``: one line of JSON per step that published something.
+
+A row is ``{"step": int, "samples": int, NAME: number, ...}`` with names declared in ``metrics``. Steps ascend, and a
+step has one row: what is published for it later (evaluation after training metrics) extends its line. JSON knows no
+infinities, so a value that is not finite is ``null``; its name stays.
+
+The file changes in two ways only: bytes are appended (or the last line is extended), and the end is cut off, which is
+one system call. So whatever kills the process, the file is a whole history followed by at most one torn line, which is
+cut when it is next opened. ``seal`` declares the rows up to a step final: it is called before the checkpoint of that
+step is written, and whoever writes to such a step afterwards has the order wrong. Where a run restarts, and what W&B
+is told, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from evaclip.errors import EvaclipError
+from evaclip.metrics import check_names
+
+Row = dict[str, float | None]
+
+_log = logging.getLogger(__name__)
+
+
+class History:
+    """The rows of ``metrics.jsonl``, open for writing; created if absent.
+
+    Only steps and offsets are held in memory. One process writes (rank 0).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
+        self._steps = array("q")
+        self._offsets = array("q")
+        self._end = 0
+        for step, offset, end in _scan(path):
+            self._steps.append(step)
+            self._offsets.append(offset)
+            self._end = end
+        self._sealed = self.last_step
+        if torn := path.stat().st_size - self._end:
+            _log.warning("%s: cut %d bytes that are no row, from offset %d", path, torn, self._end)
+            self._cut(len(self._steps), self._end)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last row; -1 without rows."""
+        return self._steps[-1] if self._steps else -1
+
+    def write(self, step: int, samples: int, metrics: Mapping[str, float]) -> Row:
+        """Append a row, or extend the last one if it is of the same step; readers of the file see it at once.
+
+        Args:
+            step: Optimizer updates so far; at least the last row's.
+            samples: Samples trained on so far.
+            metrics: Declared name -> value; none of them already in the row.
+
+        Returns:
+            The step's row, as it now stands in the file.
+
+        Raises:
+            ValueError: A name is not declared.
+            EvaclipError: The file cannot be written, for instance because the disk is full.
+        """
+        check_names(metrics)
+        assert step > self._sealed, f"the rows up to step {self._sealed} are final, step {step} comes too late"
+        assert step >= self.last_step, f"step {step} after step {self.last_step}"
+        fields = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        if step > self.last_step:
+            start, row = self._end, {"step": step, "samples": samples, **fields}
+            self._put(start, row)
+            self._steps.append(step)
+            self._offsets.append(start)
+        else:
+            before = next(self.rows(step))
+            twice = before.keys() & fields.keys()
+            assert not twice, f"{', '.join(sorted(twice))} published twice for step {step}"
+            row = {**before, **fields}
+            self._put(self._offsets[-1], row)
+        return row
+
+    def seal(self, step: int) -> None:
+        """Declare the rows up to ``step`` final and put them on the disk; before the checkpoint of that step."""
+        self._sealed = max(self._sealed, step)
+        os.fsync(self._file.fileno())
+
+    def truncate(self, step: int) -> None:
+        """Cut the rows after ``step``, the restored one; the rest is final. -1 cuts everything."""
+        keep = bisect_right(self._steps, step)
+        if keep < len(self._steps):
+            self._cut(keep, self._offsets[keep])
+        self._sealed = step
+
+    def rows(self, since: int = 0) -> Iterator[Row]:
+        """Yield the rows from step ``since`` on, read from the file; None stands for a value that is not finite."""
+        first = bisect_left(self._steps, since)
+        if first == len(self._steps):
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[first])
+            for line in file:
+                yield json.loads(line)
+
+    def close(self) -> None:
+        """Close the file; every row is in it already."""
+        self._file.close()
+
+    def _put(self, start: int, row: Row) -> None:
+        """Write a row at an offset: the end, or the start of the last row, which it then extends."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            self._file.seek(start)
+            written = self._file.write(line)
+            if written != len(line):  # what fits on a full disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise EvaclipError(
+                f"cannot write to {self.path}: {error.strerror}; free some space, then continue"
+            ) from error
+        self._end = start + len(line)
+
+    def _cut(self, num_rows: int, end: int) -> None:
+        self._file.truncate(end)
+        os.fsync(self._file.fileno())
+        del self._steps[num_rows:]
+        del self._offsets[num_rows:]
+        self._end = end
+
+
+def load_history(path: Path) -> list[Row]:
+    """Return the rows of a ``metrics.jsonl`` without changing it; a torn last line is left out."""
+    with path.open("rb") as file:
+        rows: list[Row] = []
+        for _, offset, end in _scan(path):
+            file.seek(offset)
+            rows.append(json.loads(file.read(end - offset)))
+    return rows
+
+
+def _scan(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Yield (step, start, end) of each row; stop at a line that is none, or whose step does not ascend."""
+    offset, last = 0, -1
+    with path.open("rb") as file:
+        for line in file:
+            step = _step_of(line)
+            if step is None or step <= last:
+                return
+            yield step, offset, offset + len(line)
+            offset, last = offset + len(line), step
+
+
+def _step_of(line: bytes) -> int | None:
+    if not line.endswith(b"}\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:  # not JSON, or not even text
+        return None
+    return row["step"] if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -1,0 +1,126 @@
+"""The contrastive loss: value and gradients over the global batch, without ever storing the logits.
+
+``info_nce`` is a plain function of features; its gradients come back as tensors, so that the towers' backward can run
+later and in parts. ``ContrastiveLoss`` adds the temperature, the one parameter that belongs to the loss.
+
+Communication per step, with W ranks of b samples and D channels, B = W b: text features are gathered (b D numbers sent
+by each rank), their gradients come back by reduce-scatter, and four vectors of B or fewer numbers are all-reduced:
+column maxima, column sums, scale gradient with the loss, and the count of correct columns. On one rank nothing is sent.
+A ring exchange would replace the gather where B x D numbers no longer fit beside the towers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from evaclip.config import LossConfig
+    from evaclip.distributed import Ranks
+
+_TILE_NUMBERS = 1 << 22  # of one tile of logits: 16 MiB in fp32
+
+
+class LossOutput(NamedTuple):
+    """The loss over the global batch and its gradients; scalars are equal on all ranks."""
+
+    loss: Float[Tensor, ""]
+    image_grad: Float[Tensor, "batch dim"]
+    """Of this rank's image features."""
+    text_grad: Float[Tensor, "batch dim"]
+    """Of this rank's text features."""
+    scale_grad: Float[Tensor, ""]
+    """Of the logarithm of the logit scale."""
+    image_to_text: Float[Tensor, ""]
+    """Share of images whose own caption is nearest."""
+    text_to_image: Float[Tensor, ""]
+    """Share of captions whose own image is nearest."""
+
+    def surrogate(self, image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+        """A scalar whose gradient, added up over ranks, is that of the loss for whatever made these features."""
+        return (image * self.image_grad).sum() + (text * self.text_grad).sum()
+
+
+def info_nce(
+    image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], scale: Float[Tensor, ""], ranks: Ranks
+) -> LossOutput:
+    """Symmetric InfoNCE (arXiv:2103.00020, figure 3) of normalised features.
+
+    With logits z = scale * image @ text.T and B pairs, loss = sum_i (row_lse_i + column_lse_i - 2 z_ii) / 2B. A first
+    sweep over tiles of rows forms both log-sum-exps, a second one forms the tiles again for
+    dz = (exp(z - row_lse) + exp(z - column_lse) - 2 I) / 2B.
+
+    Args:
+        image: This rank's image features, fp32.
+        text: This rank's text features, fp32.
+        scale: Multiplier of the cosine similarities.
+        ranks: The peers; each has equally many samples.
+    """
+    image, text, scale = image.detach().float(), text.detach().float(), scale.detach().float()
+    batch, total = len(image), len(image) * ranks.world_size
+    all_text = ranks.gather_rows(text)
+    first = ranks.rank * batch  # column of this rank's first pair
+    diagonal = scale * (image * text).sum(1)
+
+    row_lse, row_max, column_max = image.new_empty(batch), image.new_empty(batch), image.new_full((total,), -math.inf)
+    column_sum = image.new_zeros(total)
+    for rows, logits in _tiles(image, all_text, scale):
+        row_max[rows] = logits.amax(1)
+        row_lse[rows] = logits.logsumexp(1)
+        maximum = torch.maximum(column_max, logits.amax(0))
+        column_sum = column_sum * (column_max - maximum).exp() + (logits - maximum).exp().sum(0)
+        column_max = maximum
+    maximum = ranks.max(column_max.clone())
+    column_lse = maximum + ranks.sum(column_sum * (column_max - maximum).exp()).log()
+
+    own = slice(first, first + batch)
+    image_grad, all_text_grad = torch.empty_like(image), torch.zeros_like(all_text)
+    scale_grad = image.new_zeros(())
+    correct_rows = correct_columns = image.new_zeros(())
+    for rows, logits in _tiles(image, all_text, scale):
+        grad = (logits - row_lse[rows, None]).exp_() + (logits - column_lse).exp_()
+        places = torch.arange(first + rows.start, first + rows.stop, device=image.device)
+        matched = logits.gather(1, places[:, None])[:, 0]
+        correct_rows = correct_rows + (matched >= row_max[rows]).sum()
+        correct_columns = correct_columns + (matched >= maximum[places]).sum()
+        grad.scatter_add_(1, places[:, None], grad.new_full((len(places), 1), -2.0))
+        grad /= 2 * total
+        scale_grad = scale_grad + (grad * logits).sum()
+        image_grad[rows] = scale * grad @ all_text
+        all_text_grad.addmm_(grad.T, image[rows])
+    text_grad = scale * ranks.sum_own_rows(all_text_grad)
+
+    loss = (row_lse + column_lse[own] - 2 * diagonal).sum() / (2 * total)
+    sums = ranks.sum(torch.stack([loss, scale_grad, correct_rows / total, correct_columns / total]))
+    return LossOutput(sums[0], image_grad, text_grad, sums[1], sums[2], sums[3])
+
+
+def _tiles(
+    image: Float[Tensor, "batch dim"], text: Float[Tensor, "total dim"], scale: Float[Tensor, ""]
+) -> Iterator[tuple[slice, Float[Tensor, "rows total"]]]:
+    """Rows of logits, a bounded number of them at a time."""
+    rows = max(1, _TILE_NUMBERS // len(text))
+    for start in range(0, len(image), rows):
+        tile = slice(start, min(start + rows, len(image)))
+        yield tile, scale * (image[tile] @ text.T)
+
+
+class ContrastiveLoss(nn.Module):
+    """InfoNCE with its temperature. ``logit_scale`` is the multiplier's logarithm, fp32, replicated on every rank."""
+
+    def __init__(self, config: LossConfig, device: torch.device) -> None:
+        super().__init__()
+        start = torch.full((1,), math.log(config.logit_scale), device=device)
+        self.logit_scale = nn.Parameter(start, requires_grad=config.learn_logit_scale)
+
+    def forward(self, image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], ranks: Ranks) -> LossOutput:
+        """The loss over the global batch; leaves the temperature's gradient in ``logit_scale.grad``."""
+        output = info_nce(image, text, self.logit_scale.exp()[0], ranks)
+        if self.logit_scale.requires_grad:
+            self.logit_scale.grad = output.scale_grad.reshape(1)
+        return output

@@ -1,0 +1,1 @@
+"""The towers; they know nothing of ranks, engines and precision."""

@@ -1,0 +1,94 @@
+"""CLIP: two towers whose features meet in one space.
+
+The temperature is not here: the loss owns it. Neither is anything that depends on ranks or precision.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float32, Int, Shaped
+from torch import Tensor, nn
+
+from evaclip.config import ModelConfig
+from evaclip.data.batch import PackedText
+from evaclip.models.initial import initialise
+from evaclip.models.text import TextTower
+from evaclip.models.vision import ImageTower
+
+
+class Features(NamedTuple):
+    """Unit vectors in fp32, in the order of the samples."""
+
+    image: Float32[Tensor, "images embed_dim"]
+    text: Float32[Tensor, "captions embed_dim"]
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower.
+
+    Args:
+        config: Shapes of both.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageTower(config.image, config.embed_dim)
+        self.text = TextTower(config.text, config.embed_dim)
+
+    def forward(
+        self,
+        images: Shaped[Tensor, "batch 3 height width"],
+        text: PackedText,
+        seeds: Int[Tensor, " batch"] | None = None,
+    ) -> Features:
+        """Normalised features of images and captions.
+
+        Args:
+            images: uint8 pixels, or floats normalised by the tower's mean and std.
+            text: Captions, not necessarily as many as images.
+            seeds: One per image, int64: draws the patches and branches to drop. None drops nothing.
+        """
+        return Features(self.encode_image(images, normalize=True, seeds=seeds), self.encode_text(text, normalize=True))
+
+    def encode_image(
+        self,
+        images: Shaped[Tensor, "batch 3 height width"],
+        *,
+        normalize: bool = False,
+        seeds: Int[Tensor, " batch"] | None = None,
+    ) -> Float32[Tensor, "batch embed_dim"]:
+        """Features of images; arguments as in ``forward``."""
+        features = self.image(images, seeds)
+        return _normalised(features) if normalize else features.float()
+
+    def encode_text(self, text: PackedText, *, normalize: bool = False) -> Float32[Tensor, "captions embed_dim"]:
+        """Features of captions, in the order in which they were packed from."""
+        features = self.text(text)
+        return _normalised(features) if normalize else features.float()
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Unit vectors in fp32: cosines of 16-bit features, times a scale of 100, would come in steps of a half."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.float(), dim=-1)
+
+
+def create_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> CLIP:
+    """A model with random weights in fp32.
+
+    It is built without memory, allocated once on its device, and initialised by ``models.initial``.
+
+    Args:
+        config: Shapes of the towers.
+        seed: The weights are a function of it and of the parameters' names.
+        device: Where the model lives.
+    """
+    with torch.device("meta"):
+        model = CLIP(config)
+    model.to_empty(device=device)
+    initialise(model, config, seed)
+    return model

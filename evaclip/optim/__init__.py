@@ -1,0 +1,1 @@
+"""Optimizers that read one table of parameters, and the schedule."""

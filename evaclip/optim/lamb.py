@@ -1,0 +1,32 @@
+"""LAMB (arXiv:1904.00962, algorithm 2) over the parameter table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evaclip.optim.base import TableOptimizer, _Slice
+
+
+class Lamb(TableOptimizer):
+    """w <- w - lr (|w| / |u|) u with u = m / (sqrt(v) + eps) + decay w.
+
+    The trust ratio is that of a whole parameter, is 1 where either norm is zero, and is not clamped. Rows that do not
+    adapt take plain Adam steps. Spans of one row add up their squares; under ZeRO they would be added up over ranks.
+    """
+
+    def _apply(self, slices: Sequence[_Slice], finite: Tensor) -> None:
+        squares = torch.zeros(2, len(self.rows), device=self.loss.device)
+        for s in slices:
+            if self.rows[s.row].adapts:
+                squares[0, s.row] += torch.linalg.vector_norm(s.weight) ** 2
+                squares[1, s.row] += torch.linalg.vector_norm(s.grad) ** 2
+        if self._sharded:
+            self.ranks.sum(squares)
+        weight, update = squares.sqrt()
+        ratios = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
+        for s in slices:
+            self._subtract(s, ratios[s.row], finite)
+        self.trust_ratios = ratios[[number for number, row in enumerate(self.rows) if row.adapts]]

@@ -1,0 +1,16 @@
+"""The learning rate over a run, as a pure function of the step. No torch."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
+    """Share of the peak learning rate at ``step`` (from 0): linear warm-up, then half a cosine down to the floor.
+
+    The first step of a warm-up takes 1 / warmup_steps; the last step of the run takes ``final_fraction``.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,69 @@
+"""Being asked to stop: a signal becomes a decision that all ranks share, one step later.
+
+Every rank puts its flag into a small all-reduce each step and reads the answer at the next one, so no step waits for
+it: four bytes, on the CPU, beside the training. On one rank the flag itself is the answer.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from evaclip.distributed import Ranks
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether the run is to save and end."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._alone = ranks.world_size == 1
+        self._signal = 0
+        self._agreed = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def agreed(self) -> int:
+        """The signal that some rank had received at the last call, the same on every rank; 0 for none.
+
+        Every rank calls it once per step.
+        """
+        if self._alone:
+            return self._signal
+        if self._pending is not None:
+            self._pending.wait()
+        answer = int(self._agreed)
+        self._agreed = torch.tensor([max(self._signal, answer)], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def finish(self) -> None:
+        """Wait for the last exchange."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._signal:  # a second request does not wait for the checkpoint
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signal = number
+
+
+@contextmanager
+def listening(ranks: Ranks) -> Iterator[StopRequest]:
+    """Take SIGTERM and Ctrl-C as requests; the second one ends the process at once."""
+    request = StopRequest(ranks)
+    before = {number: signal.signal(number, request._receive) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,286 @@
+"""Opening a run: from a configuration to something that can take its next step, fresh or continued.
+
+Order of text is order of execution: directory, checkpoint, data, towers, engine, state. What a run is made of is a
+plain object; ``train`` holds the loop that moves it.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import evaclip
+from evaclip import checkpoint
+from evaclip.config_file import dump
+from evaclip.data.order import Plan, SlotState, choose_slots
+from evaclip.data.pipeline import Stream, make_plan
+from evaclip.data.readers import OpenedSource, open_sources
+from evaclip.engine import create_engine
+from evaclip.errors import CheckpointError, ConfigError
+from evaclip.logs import log_setup
+from evaclip.loss import ContrastiveLoss
+from evaclip.models.attention import kernel_name
+from evaclip.models.clip import create_model
+from evaclip.optim.table import describe
+
+if TYPE_CHECKING:
+    from evaclip.config import RunConfig
+    from evaclip.distributed import Ranks
+    from evaclip.engine.protocol import Engine
+    from evaclip.models.clip import CLIP
+
+log = logging.getLogger(__name__)
+
+_TOKEN_MULTIPLE = 1024  # packed captions are padded to this on GPUs, so that compiled shapes repeat
+
+
+@dataclass
+class Run:
+    """A run between two steps."""
+
+    config: RunConfig
+    ranks: Ranks
+    plan: Plan
+    sources: Mapping[str, OpenedSource]
+    shapes: dict[str, list[int]]
+    """Parameter -> whole shape; ZeRO-3 leaves only slices in the modules."""
+    loss: ContrastiveLoss
+    engine: Engine
+    step: int = 0
+    """Attempted updates."""
+    slot_states: dict[int, SlotState] | None = None
+    """Of this rank's slots; None before the first step."""
+    meter_state: Mapping[str, tuple[float, int]] | None = None
+    """Sums of metrics since the last row, of the checkpoint that the run continues; None where it does not."""
+
+    @property
+    def directory(self) -> Path:
+        """Where everything about the run is written."""
+        return Path(self.config.run_dir)
+
+    @property
+    def samples(self) -> int:
+        """Samples taken by all attempted updates."""
+        return self.step * self.config.train.global_batch
+
+    def stream(self) -> Stream:
+        """Batches from here to the last step."""
+        gpu_compiled = self.config.train.compile and self.ranks.device.type == "cuda"
+        return Stream(
+            self.config,
+            self.plan,
+            self.sources,
+            self.ranks,
+            steps=self.config.train.steps - self.step,
+            states=self.slot_states or {},
+            token_multiple=_TOKEN_MULTIPLE if gpu_compiled else 1,
+        )
+
+    def save(self, metrics: Mapping[str, float], meter_state: Mapping[str, tuple[float, int]]) -> None:
+        """Write a checkpoint of this step and delete what the retention rule lets go."""
+        gathered = self.ranks.gather_objects(self.slot_states or {})
+        optimizer = self.engine.optimizer
+        progress = checkpoint.Progress(
+            step=self.step,
+            samples=self.samples,
+            updates=int(optimizer.updates),
+            grad_scale=float(optimizer.grad_scale),
+            slots=self.plan.slots,
+            slot_states={slot: state for states in gathered for slot, state in states.items()},
+            digests={name: source.digest for name, source in self.sources.items()},
+            shapes=self.shapes,
+            metrics=dict(metrics),
+            meter=dict(meter_state),
+            versions=self._versions,
+        )
+        entries: list[checkpoint.Entry] = []
+        for piece in optimizer.pieces():
+            for kind, values in (
+                ("weight", piece.weight),
+                ("exp_avg", piece.exp_avg),
+                ("exp_avg_sq", piece.exp_avg_sq),
+            ):
+                entries.append(checkpoint.Entry(kind, piece.row.name, piece.start, values))
+        if self.ranks.is_main and not self.loss.logit_scale.requires_grad:
+            entries.append(checkpoint.Entry("weight", "logit_scale", 0, self.loss.logit_scale))
+        path = checkpoint.save(self.directory / "checkpoints", self.config, progress, entries, self.ranks)
+        if self.ranks.is_main:
+            checkpoint.delete_old(path.parent, self.config.checkpoint)
+        log.info("saved %s", path)
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
+        return {"evaclip": _commit(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def open_run(config: RunConfig, ranks: Ranks) -> Run:
+    """Start a run, or continue the one in ``run_dir`` from its newest intact checkpoint.
+
+    Raises:
+        ConfigError: The configuration does not fit the ranks, or is that of another run.
+        DataError: The sources cannot be used.
+        CheckpointError: The checkpoint does not fit the data or the model.
+    """
+    _require_one_forward(config, ranks)
+    _make_directory(config, ranks)
+    reader = _find_state(config, ranks)
+    sources = open_sources(config, ranks)
+    if reader:
+        checkpoint.refuse_changes(reader.config, config, reader.path)
+        _require_same_data(reader, sources)
+    slots = choose_slots(
+        config.train.global_batch, ranks.world_size, reader.progress.slots if reader else config.data.slots
+    )
+    plan = make_plan(config, sources, slots)
+
+    clip = create_model(config.model, seed=config.seed, device=ranks.device)
+    loss = ContrastiveLoss(config.loss, ranks.device)
+    shapes = {name: list(p.shape) for name, p in clip.named_parameters()} | {"logit_scale": [1]}
+    if reader:
+        _load_weights(reader, clip, loss)
+    engine = create_engine(config, clip, loss, ranks)
+    run = Run(config, ranks, plan, sources, shapes, loss, engine)
+    if reader:
+        _load_state(reader, run)
+    _describe(run, reader)
+    return run
+
+
+def _require_one_forward(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse accumulation, which this version does not carry out exactly."""
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if micro is not None and micro * ranks.world_size < batch:
+        forwards = -(-batch // (micro * ranks.world_size))
+        raise ConfigError(
+            f"train.micro_batch {micro} on {ranks.world_size} ranks would need {forwards} accumulated forwards for "
+            f"train.global_batch {batch}, which is not exact yet; raise train.micro_batch to "
+            f"{-(-batch // ranks.world_size)}, lower the global batch to {micro * ranks.world_size} or add ranks"
+        )
+
+
+def _make_directory(config: RunConfig, ranks: Ranks) -> None:
+    """Create the run directory and send the log there."""
+    directory = Path(config.run_dir)
+    problem = ""
+    if ranks.is_main:
+        try:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            log_setup(directory, ranks.rank)
+        except OSError as error:
+            problem = f"run_dir {directory} cannot be used: {error.strerror}; choose a folder that can be written"
+    else:
+        log_setup(None, ranks.rank)
+    problem = ranks.from_main(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
+def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.Reader | None:
+    """The newest intact checkpoint of the run directory; rank 0 looks, all ranks use the same."""
+    looked = checkpoint.newest_intact(Path(config.run_dir) / "checkpoints") if ranks.is_main else (None, [])
+    path, damaged = ranks.from_main(looked)
+    for text in damaged:
+        log.warning("damaged checkpoint left aside: %s", text)
+    if damaged and path is None:
+        raise CheckpointError(f"no checkpoint of {config.run_dir} is intact: {damaged[0]}; use a new run_dir")
+    return checkpoint.Reader(path) if path else None
+
+
+def _require_same_data(reader: checkpoint.Reader, sources: Mapping[str, OpenedSource]) -> None:
+    for name, source in sources.items():
+        saved = reader.progress.digests.get(name)
+        if saved != source.digest:
+            raise CheckpointError(
+                f"source {name} holds other records than when {reader.path} was written (index digest {source.digest}, "
+                f"saved {saved}); restore the shards, or use a new run_dir"
+            )
+
+
+def _load_weights(reader: checkpoint.Reader, clip: CLIP, loss: ContrastiveLoss) -> None:
+    """Fill towers and temperature before the engine takes them over."""
+    targets = dict(clip.named_parameters()) | {"logit_scale": loss.logit_scale}
+    saved = reader.progress.shapes
+    shapes = {name: list(parameter.shape) for name, parameter in targets.items()}
+    wrong = [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {shapes.get(name, 'absent')} in the model"
+        for name in sorted({*saved, *shapes})
+        if saved.get(name) != shapes.get(name)
+    ]
+    if wrong:
+        raise CheckpointError("\n  ".join([f"{reader.path} is of another model; use a new run_dir", *wrong[:5]]))
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            values = torch.empty(parameter.numel())
+            reader.fill(checkpoint.Entry("weight", name, 0, values))
+            parameter.copy_(values.view(parameter.shape))
+
+
+def _load_state(reader: checkpoint.Reader, run: Run) -> None:
+    """Fill masters and moments, whatever their layout, and take up progress."""
+    optimizer = run.engine.optimizer
+    for piece in optimizer.local_pieces():
+        for kind, values in (("weight", piece.weight), ("exp_avg", piece.exp_avg), ("exp_avg_sq", piece.exp_avg_sq)):
+            reader.fill(checkpoint.Entry(kind, piece.row.name, piece.start, values))
+    run.engine.refresh_weights()
+    progress = reader.progress
+    optimizer.updates.fill_(progress.updates)
+    optimizer.grad_scale.fill_(progress.grad_scale)
+    run.step = progress.step
+    run.meter_state = progress.meter
+    run.slot_states = {slot: SlotState.parse(state) for slot, state in progress.slot_states.items()}
+
+
+def _describe(run: Run, reader: checkpoint.Reader | None) -> None:
+    """Tell the log what is about to run, and write the resolved configuration."""
+    config, ranks = run.config, run.ranks
+    if not ranks.is_main:
+        return
+    (run.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+    worlds = [w for w in range(1, run.plan.slots + 1) if run.plan.slots % w == 0]
+    log.info(
+        "evaclip %s, torch %s, %d ranks on %s",
+        run._versions["evaclip"],
+        torch.__version__,
+        ranks.world_size,
+        ranks.device,
+    )
+    for source in run.plan.sources:
+        layout = source.layout
+        log.info(
+            "source %s: %d records in %d shards, blocks of %d",
+            source.name,
+            layout.num_records,
+            len(layout.shard_records),
+            layout.block_records,
+        )
+    log.info("%d slots; the run can continue on %s ranks", run.plan.slots, ", ".join(map(str, worlds)))
+    image = config.model.image
+    log.info("image tower keeps %d of %d patches in training", image.kept_patches, image.grid**2)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    log.info(
+        "attention: %s; precision %s; engine %s",
+        kernel_name(ranks.device, dtype),
+        config.train.precision,
+        config.engine.name,
+    )
+    for line in describe(run.engine.optimizer.rows):
+        log.info("optimizer: %s", line)
+    log.info("continuing %s at step %d" if reader else "starting %s at step %d", run.directory, run.step)
+
+
+def _commit() -> str:
+    """Version and, in a checkout, commit of this code."""
+    try:
+        command = ["git", "-C", str(Path(evaclip.__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        described = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return evaclip.__version__
+    return f"{evaclip.__version__}+{described}"

@@ -1,0 +1,262 @@
+"""Weights & Biases: what is sent, when, and what happens after a kill. The only module that imports wandb.
+
+``metrics.jsonl`` is the history of a run; W&B shows a copy. W&B's history can only grow, while ``metrics.jsonl`` is cut
+to the restored step when a run is continued. So a row is sent when it can no longer be cut: **a row goes to W&B once a
+checkpoint at or after its step is complete** (``commit``), and nothing is sent before. At every start, the rows of
+``metrics.jsonl`` that W&B lacks are sent, each exactly once:
+
+- Online, the server tells the first step that it does not have. The run keeps its id (``run_dir/wandb_run_id``, written
+  before W&B first hears of it).
+- Offline, a killed process may leave its run file torn, so every start writes a new one with the same id and the whole
+  history, and then deletes the older ones: the one ``run_dir/wandb/offline-run-*`` is what ``wandb sync`` uploads.
+
+Where the history of an id cannot become that of the file, the run goes on under a new id with the whole history, and a
+warning names both. There are two such cases: the server is ahead of the restored step, because a committed checkpoint
+was damaged or deleted; or the run continues offline although the server has the id (it was online, or was synced), and
+``wandb sync`` would append the whole history to what is there.
+
+A value that is not finite is ``null`` in the file and NaN in W&B. ``_step`` is the row's step; ``_runtime`` and
+``_timestamp`` are W&B's own.
+
+Tracking never stops training, and never asks anything. When the server cannot be reached at the start, the session is
+recorded offline, or not at all if the server has the id; when W&B fails later, it is given up for the session. A
+warning says so, and the next start sends what is missing, also that of a run that has ended. Not sent: code, git state,
+the environment, the command line, console output; of the run, the resolved configuration only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from evaclip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+    from evaclip.config import WandbConfig
+    from evaclip.history import History
+
+_log = logging.getLogger(__name__)
+
+_INIT_SECONDS = 60.0
+_FINISH_SECONDS = 30.0  # well within the grace of a preemption; the next start sends what did not make it
+
+
+class Tracker:
+    """A run at W&B. Without a mode that tracks (``off``), every method does nothing and wandb is not imported.
+
+    Construct it on rank 0, when ``history`` has been cut to the restored step: its rows are sent at once.
+
+    Args:
+        run_dir: Existing folder of the run; W&B's files go to ``run_dir/wandb``.
+        config: ``log.wandb``.
+        resolved: The whole configuration as plain data; no secrets.
+        history: The run's ``metrics.jsonl``.
+
+    Raises:
+        ConfigError: ``log.wandb.mode`` is ``online`` and there is no API key.
+    """
+
+    def __init__(self, run_dir: Path, config: WandbConfig, resolved: Mapping[str, Any], history: History) -> None:
+        self._run_dir = run_dir
+        self._config = config
+        self._resolved = dict(resolved)
+        self._run: Run | None = None
+        self._next_step = 0
+        mode = _choose_mode(config.mode)
+        if mode != "off":
+            self._start(mode, history)
+
+    def commit(self, history: History, upto_step: int) -> None:
+        """Send the rows up to a step, which a complete checkpoint has made final."""
+        if self._run is None:
+            return
+        try:
+            for row in history.rows(self._next_step):
+                step = int(row["step"] or 0)
+                if step > upto_step:
+                    break
+                self._run.log({n: math.nan if v is None else v for n, v in row.items()}, step=step, commit=True)
+                self._next_step = step + 1
+        except _failures() as error:
+            self._give_up(error)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Upload what is left, for at most half a minute, and close the run; anything but 0 marks it as failed."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code)
+            self._run = None
+        except _failures() as error:
+            self._give_up(error)
+
+    def _start(self, mode: Literal["online", "offline"], history: History) -> None:
+        try:
+            self._run = self._open(mode, history)
+        except _failures() as error:
+            self._give_up(error)
+            if mode == "online" and not _is_on_server(self._run_dir, _stored_id(self._run_dir)):
+                _log.warning("W&B's server cannot be reached, this session is recorded offline")
+                self._start("offline", history)
+            return
+        self._next_step = self._run.starting_step
+        _log.info("W&B run %s: %s", self._run.id, self._run.url or self._run.settings.sync_dir)
+        self.commit(history, history.last_step)
+        if self._run is not None:
+            _delete_older(self._run_dir, self._run)
+
+    def _open(self, mode: Literal["online", "offline"], history: History) -> Run:
+        """Open the stored W&B run, or a new one where its history cannot become ours."""
+        run_id = _stored_id(self._run_dir)
+        if mode == "offline":
+            if _is_on_server(self._run_dir, run_id):
+                run_id = self._renew_id(run_id, "is on the server, and an offline run holds the whole history")
+            return self._init(mode, run_id)
+        run = self._init(mode, run_id)
+        if run.starting_step > history.last_step + 1:
+            reaches = f"reaches step {run.starting_step - 1}, metrics.jsonl only {history.last_step}"
+            run.finish()
+            run = self._init(mode, self._renew_id(run_id, reaches))
+        _online_mark(self._run_dir, run.id).touch()
+        return run
+
+    def _renew_id(self, old: str, reason: str) -> str:
+        run_id = _new_id(self._run_dir)
+        _log.warning(
+            "W&B run %s %s; W&B cannot replace a history, so this run goes on as W&B run %s", old, reason, run_id
+        )
+        return run_id
+
+    def _init(self, mode: Literal["online", "offline"], run_id: str) -> Run:
+        import wandb  # noqa: PLC0415  takes a second, and mode off does without
+        from wandb.errors import UsageError  # noqa: PLC0415
+
+        config = self._config
+        try:
+            settings = wandb.Settings(
+                mode=mode,
+                root_dir=str(self._run_dir),
+                run_id=run_id,
+                resume="allow",
+                project=config.project,
+                entity=config.entity,
+                run_name=config.name or self._run_dir.resolve().name,
+                run_group=config.group,
+                run_tags=config.tags,
+                reinit="create_new",
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+                finish_timeout_raises=True,
+                silent=True,
+                console="off",
+                symlink=False,
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=1.0,  # what a kill may take from an offline file that no start renews
+            )
+        except UsageError as error:
+            raise ConfigError(f"log.wandb: {error}") from error
+        return wandb.init(settings=settings, config=self._resolved)
+
+    def _give_up(self, error: Exception) -> None:
+        """Stop tracking in this session, and stop the service, so that it neither blocks nor complains at exit."""
+        import wandb  # noqa: PLC0415
+
+        self._run = None
+        _log.warning(
+            "W&B stopped recording (%s: %s); metrics.jsonl goes on, and the next start sends the rest",
+            type(error).__name__,
+            error,
+        )
+        try:
+            wandb.teardown()
+        except _failures() as second:
+            _log.debug("W&B's service did not shut down: %s", second)
+
+
+def _choose_mode(mode: Literal["auto", "online", "offline", "off"]) -> Literal["online", "offline", "off"]:
+    """Turn the configured mode into what happens.
+
+    ``auto`` is online with an API key and offline without one; WANDB_MODE (offline, disabled) has its way then.
+    """
+    if mode == "off":
+        return "off"
+    import wandb  # noqa: PLC0415
+
+    setup = wandb.setup(wandb.Settings(silent=True) if mode == "auto" else wandb.Settings(silent=True, mode=mode))
+    if mode == "auto" and setup.settings.mode == "disabled":
+        return "off"
+    if mode == "offline":
+        return "offline"
+    try:
+        has_key = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:
+        if mode == "online":
+            raise ConfigError(f"log.wandb.mode is online, but the W&B credentials cannot be used: {error}") from error
+        _log.warning("the W&B credentials cannot be used, this session is recorded offline: %s", error)
+        has_key = False
+    if mode == "online" and not has_key:
+        raise ConfigError(
+            "log.wandb.mode is online, but there is no W&B API key; set WANDB_API_KEY, run `wandb login`, or use "
+            "log.wandb.mode=auto"
+        )
+    return "online" if has_key else "offline"
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What wandb raises when it, its service or its server fails; mistakes in calling it are not among these."""
+    from wandb import Error  # noqa: PLC0415
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415
+    from wandb.sdk.mailbox.mailbox_handle import ServerResponseError  # noqa: PLC0415
+
+    return Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError
+
+
+def _stored_id(run_dir: Path) -> str:
+    """Return the run's id, made at the first start."""
+    path = run_dir / "wandb_run_id"
+    if path.exists() and re.fullmatch(r"\w+", stored := path.read_text(encoding="utf-8").strip()):
+        return stored
+    return _new_id(run_dir)
+
+
+def _new_id(run_dir: Path) -> str:
+    """Make an id and store it before W&B hears of it."""
+    run_id = secrets.token_hex(6)
+    path = run_dir / "wandb_run_id"
+    temporary = path.with_name("wandb_run_id.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(f"{run_id}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return run_id
+
+
+def _online_mark(run_dir: Path, run_id: str) -> Path:
+    return run_dir / "wandb" / f"{run_id}.online"
+
+
+def _is_on_server(run_dir: Path, run_id: str) -> bool:
+    """Whether a session of this id was online, or its offline file was uploaded by ``wandb sync``."""
+    synced = (run_dir / "wandb").glob(f"offline-run-*-{run_id}*/*.synced")
+    return _online_mark(run_dir, run_id).exists() or any(synced)
+
+
+def _delete_older(run_dir: Path, run: Run) -> None:
+    """Delete the offline run files that the current run, offline or online, has made superfluous."""
+    for folder in (run_dir / "wandb").glob("offline-run-*"):
+        if folder.name != Path(run.settings.sync_dir).name:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,226 @@
+"""The training loop: read it top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evaclip.config import DeepSpeedEngineConfig, RunConfig
+from evaclip.data.pipeline import SourceAccount, account, require_few_bad
+from evaclip.distributed import started
+from evaclip.errors import TrainingStoppedError
+from evaclip.evaluation import evaluate, format_table, write_results
+from evaclip.history import History
+from evaclip.meter import Meter, peak_memory_gib
+from evaclip.metrics import Clock, peak_tflops
+from evaclip.models.flops import forward_flops
+from evaclip.optim.schedule import learning_rate_factor
+from evaclip.preemption import StopRequest, listening
+from evaclip.progress import Progress
+from evaclip.run import Run, open_run
+from evaclip.tracking import Tracker
+
+if TYPE_CHECKING:
+    from evaclip.data.batch import Batch
+    from evaclip.loss import LossOutput
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> None:
+    """Train from the configuration's first step, or from the newest checkpoint in its run directory.
+
+    Raises:
+        EvaclipError: With a message for the user.
+    """
+    with started(need_group=isinstance(config.engine, DeepSpeedEngineConfig)) as ranks:
+        train_on(ranks, config)
+
+
+def train_on(ranks: Ranks, config: RunConfig) -> None:
+    """The same on ranks that have met already."""
+    with listening(ranks) as stop:
+        run = open_run(config, ranks)
+        with _reporting(run) as report:
+            _loop(run, report, stop)
+
+
+def _loop(run: Run, report: Report, stop: StopRequest) -> None:
+    config, engine, ranks = run.config, run.engine, run.ranks
+    steps, schedule = config.train.steps, config.schedule
+    if run.step >= steps:
+        log.info("%s is complete at step %d; raise train.steps to go on", run.directory, run.step)
+    if run.step == 0 and config.eval.at_start and config.eval.datasets:
+        report.evaluation(run)
+    batches = iter(run.stream())
+    while run.step < steps:
+        with report.clock.waiting():
+            batch, states = next(batches)
+        batch = batch.to(ranks.device, non_blocking=True)
+        factor = learning_rate_factor(
+            run.step, steps=steps, warmup_steps=schedule.warmup_steps, final_fraction=schedule.final_fraction
+        )
+
+        features = engine.forward(batch)
+        output = run.loss(features.image, features.text, ranks)
+        engine.backward(output.surrogate(features.image, features.text))
+        engine.step(factor, output.loss)
+
+        run.step += 1
+        run.slot_states = states
+        report.step(run, batch, output)
+        asked = stop.agreed()
+        last = run.step == steps
+        if run.step % config.log.every_steps == 0 or last:
+            report.publish(run, factor)
+        if config.eval.datasets and (last or (config.eval.every_steps and run.step % config.eval.every_steps == 0)):
+            report.evaluation(run)
+        if run.step % config.checkpoint.every_steps == 0 or last or asked:
+            report.checkpoint(run)
+        if asked and not last:
+            raise TrainingStoppedError(
+                f"stopped by {signal.Signals(asked).name} after step {run.step}, which is saved; "
+                f"the same command continues from there"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+
+
+@dataclass
+class Report:
+    """What the loop tells the world: metrics, results, checkpoints. Files and W&B are the main rank's alone."""
+
+    meter: Meter
+    clock: Clock
+    progress: Progress | None
+    history: History | None
+    tracker: Tracker | None
+    evaluated: dict[str, float]
+    """Results at the current step, for the checkpoint."""
+
+    def step(self, run: Run, batch: Batch, output: LossOutput) -> None:
+        """Count one step; nothing here waits for the device."""
+        optimizer = run.engine.optimizer
+        self.evaluated = {}
+        self.meter.update(
+            {
+                "train/loss": output.loss,
+                "train/accuracy_image_to_text": output.image_to_text,
+                "train/accuracy_text_to_image": output.text_to_image,
+                "train/grad_norm": optimizer.grad_norm,
+                "train/skipped_steps": (optimizer.consecutive_skips > 0).long(),
+                "data/text_tokens": output.loss.new_full((), batch.text.tokens_per_caption),
+            }
+        )
+        if self.progress:
+            self.progress.advance(run.step)
+
+    def publish(self, run: Run, factor: float) -> None:
+        """Publish a row: the one place in the loop that waits for the device."""
+        config, optimizer = run.config, run.engine.optimizer
+        scalars: dict[str, Tensor] = {"train/logit_scale": run.loss.logit_scale.exp()}
+        if len(optimizer.trust_ratios):
+            levels = torch.tensor([0.05, 0.5, 0.95], device=run.ranks.device)
+            quantiles = optimizer.trust_ratios.quantile(levels)
+            scalars |= dict(zip((f"train/trust_ratio_p{p}" for p in (5, 50, 95)), quantiles, strict=True))
+        self.meter.update(scalars)
+        values = self.meter.publish()
+        accounts = _accounts(run)
+        kept = config.model.image.kept_patches
+        flops = 3 * forward_flops(config.model, values["data/text_tokens"], kept=kept)
+        values |= self.clock.publish(samples=run.samples, flops_per_sample=flops)
+        values |= peak_memory_gib(run.ranks.device)
+        values |= {
+            "lr/image": factor * (config.optim.image.lr or config.optim.lr),
+            "lr/text": factor * (config.optim.text.lr or config.optim.lr),
+            "lr/logit_scale": factor * config.optim.lr,
+        }
+        for name, entry in accounts.items():
+            values[f"data/passes/{name}"] = entry.passes
+            values[f"data/delivered/{name}"] = entry.delivered
+            values[f"data/skipped/{name}"] = sum(entry.skipped.values())
+        if self.history and self.progress:
+            self.progress.publish(self.history.write(run.step, run.samples, values))
+        require_few_bad(accounts, config.data.max_bad_fraction)
+        self._require_progress(run)
+
+    def evaluation(self, run: Run) -> None:
+        """Evaluate on all ranks and publish the results."""
+        config = run.config
+        with self.clock.paused():
+            results = list(
+                evaluate(
+                    run.engine.towers,
+                    float(run.loss.logit_scale.exp()),
+                    config.eval,
+                    config.model,
+                    run.ranks,
+                    workers=config.data.workers,
+                    index_dir=config.data.index_dir,
+                    max_image_pixels=config.data.max_image_pixels,
+                )
+            )
+            self.evaluated = {name: value for result in results for name, value in result}
+            if self.history:
+                self.history.write(run.step, run.samples, self.evaluated)
+                write_results(run.directory, results)
+                log.info("evaluation at step %d\n%s", run.step, format_table(results))
+
+    def checkpoint(self, run: Run) -> None:
+        """Save; afterwards the rows up to here are final and go to W&B."""
+        with self.clock.paused():
+            if self.history:
+                self.history.seal(run.step)
+            run.save(self.evaluated, self.meter.state())
+            if self.history and self.tracker:
+                self.tracker.commit(self.history, run.step)
+
+    def _require_progress(self, run: Run) -> None:
+        most = run.config.train.max_consecutive_skipped_steps
+        skipped = int(run.engine.optimizer.consecutive_skips)
+        if skipped >= most:
+            raise TrainingStoppedError(
+                f"the last {skipped} updates were skipped because loss or gradient was not finite "
+                f"(train.max_consecutive_skipped_steps {most}); weights are those of the last good one; "
+                f"lower the learning rate or look at the data"
+            )
+
+
+def _accounts(run: Run) -> dict[str, SourceAccount]:
+    """The sources' accounts over all ranks."""
+    gathered = run.ranks.gather_objects(run.slot_states or {})
+    states = {slot: state for part in gathered for slot, state in part.items()}
+    return account(run.plan, states)
+
+
+@contextmanager
+def _reporting(run: Run) -> Iterator[Report]:
+    """Open history, W&B and progress on the main rank, cut to the restored step, and close them whatever happens."""
+    config, ranks = run.config, run.ranks
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    meter = Meter(ranks.device)
+    meter.restore(run.meter_state or {})
+    clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(device))
+    if not ranks.is_main:
+        yield Report(meter, clock, None, None, None, {})
+        return
+    history = History(run.directory / "metrics.jsonl")
+    history.truncate(-1 if run.meter_state is None else run.step)
+    tracker = Tracker(run.directory, config.log.wandb, config.model_dump(mode="json"), history)
+    progress = Progress(steps=config.train.steps, step=run.step)
+    failed = True
+    try:
+        yield Report(meter, clock, progress, history, tracker, {})
+        failed = False
+    finally:
+        progress.close()
+        history.close()
+        tracker.finish(int(failed))

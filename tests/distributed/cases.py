@@ -1,0 +1,234 @@
+"""What is run on one and on two ranks; the tests compare what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+
+from evaclip.checkpoint import Entry, Progress, Reader, find_checkpoint, save
+from evaclip.data.order import choose_slots
+from evaclip.data.pipeline import Stream, make_plan
+from evaclip.data.readers import open_sources
+from evaclip.distributed import Ranks
+from evaclip.engine import create_engine
+from evaclip.errors import CheckpointError, EvaclipError, TrainingStoppedError
+from evaclip.history import load_history
+from evaclip.loss import ContrastiveLoss, info_nce
+from evaclip.models.clip import create_model
+from evaclip.preemption import listening
+from evaclip.train import train_on
+
+STEPS = 20
+ENGINES = {
+    "torch": {"engine__name": "torch"},
+    **{f"zero{n}": {"engine__name": "deepspeed", "engine__zero_stage": n} for n in (1, 2, 3)},
+}
+
+
+def losses(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> list[float]:
+    """Train from scratch; the loss of every step."""
+    options = {"train__steps": STEPS, "checkpoint__every_steps": STEPS, **options}
+    train_on(ranks, tiny_config(folder, source, **options))
+    return [row["train/loss"] for row in load_history(folder / "metrics.jsonl")]
+
+
+def interrupted(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Whether a run that loses its last checkpoint and is continued from the middle ends in the same weights."""
+    train_on(ranks, tiny_config(folder, source, **options))
+    straight = Reader(find_checkpoint(folder)).weights()
+    before = load_history(folder / "metrics.jsonl") if ranks.is_main else []
+    ranks.barrier()
+    if ranks.is_main:
+        shutil.rmtree(find_checkpoint(folder))
+    ranks.barrier()
+    train_on(ranks, tiny_config(folder, source, **options))
+    again = Reader(find_checkpoint(folder)).weights()
+    after = load_history(folder / "metrics.jsonl") if ranks.is_main else []
+    same_rows = [row["train/loss"] for row in before] == [row["train/loss"] for row in after]
+    return same_rows and all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def handed_over(ranks: Ranks, folder: Path, *, source: dict[str, Any]) -> list[float]:
+    """Ten steps each of ZeRO-3, torch and ZeRO-1 from one another's checkpoints."""
+    options = {"checkpoint__every_steps": 10, "schedule__warmup_steps": 0}
+    for number, engine in enumerate(("zero3", "torch", "zero1"), 1):
+        # a constant learning rate, because the schedule follows train.steps
+        config = {**options, **ENGINES[engine], "train__steps": 10 * number, "schedule__final_fraction": 1.0}
+        train_on(ranks, tiny_config(folder, source, **config))
+    return [row["train/loss"] for row in load_history(folder / "metrics.jsonl")]
+
+
+def loss_and_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """InfoNCE of 24 pairs split over the ranks."""
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(24, 8, generator=generator), dim=1)
+    text = F.normalize(image + torch.randn(24, 8, generator=generator), dim=1)
+    share = slice(ranks.rank * 24 // ranks.world_size, (ranks.rank + 1) * 24 // ranks.world_size)
+    output = info_nce(image[share], text[share], torch.tensor(20.0), ranks)
+    return {name: value.tolist() for name, value in output._asdict().items()}
+
+
+def batches(ranks: Ranks, folder: Path, *, source: dict[str, Any], workers: int) -> list[list[str]]:
+    """Digests of this rank's samples, per step."""
+    config = tiny_config(folder, source, data__workers=workers, data__slots=8)
+    sources = open_sources(config, ranks)
+    plan = make_plan(config, sources, choose_slots(16, ranks.world_size, 8))
+    found = []
+    for batch, _ in Stream(config, plan, sources, ranks, steps=12, states={}):
+        text = [batch.text.ids.tolist(), batch.text.restore.tolist()]
+        captions = _unpacked(*text, batch.text.cu_seqlens.tolist())
+        rows = zip(batch.images, captions, batch.seeds.tolist(), strict=True)
+        found.append([hashlib.sha256(i.numpy().tobytes() + repr((c, s)).encode()).hexdigest() for i, c, s in rows])
+    return found
+
+
+def _unpacked(ids: list[int], restore: list[int], bounds: list[int]) -> list[list[int]]:
+    return [ids[bounds[place] : bounds[place + 1]] for place in restore]
+
+
+def bad_step(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str, Any]:
+    """One good step, then one in which the last rank's gradient is NaN: what changes?"""
+    config = tiny_config(folder, **options)
+    clip = create_model(config.model, seed=0)
+    loss = ContrastiveLoss(config.loss, ranks.device)
+    engine = create_engine(config, clip, loss, ranks)
+    sources = open_sources(config, ranks)
+    stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=3, states={})
+    seen = []
+    for step, (batch, _) in enumerate(stream):
+        features = engine.forward(batch)
+        output = loss(features.image, features.text, ranks)
+        poison = math.nan if step == 1 and ranks.rank == ranks.world_size - 1 else 1.0
+        engine.backward(output.surrogate(features.image, features.text) * poison)
+        engine.step(1.0, output.loss)
+        pieces = engine.optimizer.local_pieces()
+        state = [t.clone() for p in pieces for t in (p.weight, p.exp_avg, p.exp_avg_sq)]
+        seen.append((state, int(engine.optimizer.updates), int(engine.optimizer.consecutive_skips)))
+    (first, *_), (second, *_), (third, *_) = seen
+    return {
+        "unchanged": all(
+            torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(first, second, strict=True)
+        ),
+        "goes_on": any(not torch.equal(a, b) for a, b in zip(second, third, strict=True))
+        and all(t.isfinite().all() for t in third),
+        "updates": [updates for _, updates, _ in seen],
+        "skips": [skips for _, _, skips in seen],
+    }
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first.view(torch.int32), second.view(torch.int32))
+
+
+def stop_request(ranks: Ranks, folder: Path) -> list[int]:
+    """What ranks hear, step by step, when rank 0 alone is signalled before step 2."""
+    heard = []
+    with listening(ranks) as stop:
+        for step in range(6):
+            if step == 2 and ranks.is_main:
+                signal.raise_signal(signal.SIGTERM)
+            heard.append(stop.agreed())
+        stop.finish()
+    return heard
+
+
+def terminated(ranks: Ranks, folder: Path) -> list[str]:
+    """A whole run of which the last rank gets SIGTERM in its third step, and the same command once more."""
+    config = tiny_config(folder, train__steps=8, checkpoint__every_steps=100)
+    messages = []
+    if ranks.rank == ranks.world_size - 1:
+        original = ContrastiveLoss.forward
+        calls = iter(range(100))
+
+        def forward(self: ContrastiveLoss, *arguments: Any) -> Any:
+            if next(calls) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, *arguments)
+
+        ContrastiveLoss.forward = forward
+    try:
+        train_on(ranks, config)
+    except TrainingStoppedError as error:
+        messages.append(str(error))
+    if ranks.rank == ranks.world_size - 1:
+        ContrastiveLoss.forward = original
+    ranks.barrier()
+    train_on(ranks, config)
+    messages.append(find_checkpoint(folder).name)
+    return messages
+
+
+def failed_write(ranks: Ranks, folder: Path) -> list[str]:
+    """The last rank cannot write its part: every rank is told, nothing is left, the older checkpoint stays."""
+    config = tiny_config(folder)
+    progress = Progress(1, 16, 1, 1.0, 16, {}, {}, {"a": [4]}, {}, {}, {})
+    entries = [Entry("weight", "a", 0, torch.zeros(4))] if ranks.is_main else []
+    save(folder, config, progress, entries, ranks)
+    broken = [Entry("weight", "a", 0, _Unwritable())] if ranks.rank == ranks.world_size - 1 else []
+    try:
+        save(folder, config, Progress(**{**progress.__dict__, "step": 2}), broken, ranks)
+    except CheckpointError as error:
+        ranks.barrier()
+        return [str(error), *sorted(path.name for path in folder.iterdir())]
+    return ["no error"]
+
+
+class _Unwritable:
+    """Stands for a tensor that no longer fits on the disk."""
+
+    def detach(self) -> _Unwritable:
+        return self
+
+    def to(self, *_arguments: Any, **_options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
+    """A damaged shard that only one rank looks at stops all of them."""
+    try:
+        open_sources(tiny_config(folder, {"shards": shards}), ranks)
+    except EvaclipError as error:
+        return str(error)
+    return "no error"
+
+
+def all_cases(shards: str, damaged: str) -> dict[str, Any]:
+    """Cases by name, for ranks of either world size."""
+    source = {"shards": shards}
+    cases: dict[str, Any] = {
+        f"losses_{engine}_{workers}": partial(losses, source=source, options={**options, "data__workers": workers})
+        for engine, options in ENGINES.items()
+        for workers in ((0, 2) if engine == "torch" else (0,))
+    }
+    for engine in ("zero1", "zero2", "zero3"):
+        cases[f"losses_{engine}_bf16_weights"] = partial(
+            losses, source=source, options={**ENGINES[engine], "train__precision": "bf16_weights"}
+        )
+    cases["losses_zero2_bf16"] = partial(
+        losses, source=source, options={**ENGINES["zero2"], "train__precision": "bf16"}
+    )
+    cases["losses_torch_lamb"] = partial(losses, source=source, options={"optim__name": "lamb"})
+    for engine, options in ENGINES.items():
+        long = {"train__steps": STEPS, "checkpoint__every_steps": STEPS // 2, "data__workers": 2}
+        short = {"train__steps": 6, "checkpoint__every_steps": 3}
+        chosen = {**options, **(long if engine == "torch" else short)}
+        cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
+        cases[f"bad_step_{engine}"] = partial(bad_step, options=options)
+    for workers in (0, 3):
+        cases[f"batches_{workers}"] = partial(batches, source=source, workers=workers)
+    cases["handed_over"] = partial(handed_over, source=source)
+    cases["loss_and_gradients"] = loss_and_gradients
+    cases["stop_request"] = stop_request
+    cases["terminated"] = terminated
+    cases["failed_write"] = failed_write
+    cases["damaged_shard"] = partial(missing_shard, shards=damaged)
+    return cases

@@ -1,0 +1,135 @@
+"""The same run on one rank and on two, through both engines. "Equal" is bitwise unless a tolerance stands there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distributed.cases import ENGINES, all_cases
+from distributed.spawn import run_on_ranks
+from evaclip.data.shards import write_shards
+
+WORLDS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, colour_shards):
+    damaged = tmp_path_factory.mktemp("damaged")
+    write_shards(damaged, ((f"{n:03d}", {"txt": b"x", "jpg": b"y"}) for n in range(40)), 20)
+    whole = (damaged / "00001.tar").read_bytes()
+    (damaged / "00001.tar").write_bytes(whole[:5000])
+    cases = all_cases(str(colour_shards / "{00000..00002}.tar"), str(damaged / "{00000..00001}.tar"))
+    return {world: run_on_ranks(world, cases, tmp_path_factory.mktemp(f"world{world}")) for world in WORLDS}
+
+
+def of(results, world, case):
+    answers = results[world][case]
+    for answer in answers:
+        if isinstance(answer, RuntimeError):
+            raise answer
+    return answers
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_do_not_depend_on_engine_and_world_size(results, engine, world):
+    reference = of(results, 1, "losses_torch_0")[0]
+    assert len(reference) == 20
+    # fp32 sums in another order, over 20 steps of AdamW
+    assert of(results, world, f"losses_{engine}_0")[0] == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_workers_do_not_change_a_bit(results, world):
+    assert of(results, world, "losses_torch_2") == of(results, world, "losses_torch_0")
+
+
+def test_lamb_on_two_ranks_is_lamb_on_one(results):
+    one, two = (of(results, world, "losses_torch_lamb")[0] for world in WORLDS)
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", ["zero1_bf16_weights", "zero2_bf16_weights", "zero3_bf16_weights", "zero2_bf16"])
+def test_16_bit_engines_follow_fp32(results, case, world):
+    reference = of(results, 1, "losses_torch_0")[0]
+    # weights or activations of 8 bits: 0.4 % per rounding; AdamW's first steps have unit size whatever the gradient
+    assert of(results, world, f"losses_{case}")[0] == pytest.approx(reference, rel=0.05)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_is_bitwise(results, engine, world):
+    assert all(of(results, world, f"interrupted_{engine}"))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_engines_continue_one_anothers_checkpoints(results, world):
+    handed = of(results, world, "handed_over")[0]
+    assert handed == pytest.approx(of(results, 1, "handed_over")[0], rel=1e-5)
+    assert len(handed) == 30
+    assert handed[-1] < handed[0]
+
+
+def test_batches_joined_in_rank_order_are_the_same_on_any_ranks_and_workers(results):
+    reference = of(results, 1, "batches_0")[0]
+    assert len({digest for step in reference for digest in step}) > 60  # 12 steps of 16 over 70 records
+    for world in WORLDS:
+        for workers in (0, 3):
+            parts = of(results, world, f"batches_{workers}")
+            assert [sum(step, []) for step in zip(*parts, strict=True)] == reference
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_loss_and_gradients_are_those_of_the_whole_batch(results, world):
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(24, 8, generator=generator), dim=1)
+    text = F.normalize(image + torch.randn(24, 8, generator=generator), dim=1)
+    inputs = [t.double().requires_grad_() for t in (image, text, torch.tensor(20.0).log())]
+    logits = inputs[2].exp() * inputs[0] @ inputs[1].T
+    labels = torch.arange(24)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    grads = torch.autograd.grad(expected, inputs)
+    ranks = of(results, world, "loss_and_gradients")
+    for name, want in zip(("image_grad", "text_grad"), grads, strict=False):
+        got = torch.tensor(sum((rank[name] for rank in ranks), []))
+        assert (got - want).norm() <= 1e-5 * want.norm()  # fp32
+    for rank in ranks:
+        assert rank["loss"] == pytest.approx(expected.item(), rel=1e-6)
+        assert rank["scale_grad"] == pytest.approx(grads[2].item(), rel=1e-5)
+        assert rank["image_to_text"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+        assert rank["text_to_image"] == pytest.approx((logits.argmax(0) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_non_finite_gradient_on_one_rank_leaves_every_rank_unchanged(results, engine, world):
+    for rank in of(results, world, f"bad_step_{engine}"):
+        assert rank == {"unchanged": True, "goes_on": True, "updates": [1, 1, 2], "skips": [0, 1, 0]}
+
+
+def test_a_signal_on_one_rank_reaches_all_at_the_same_step(results):
+    assert of(results, 1, "stop_request") == [[0, 0, 15, 15, 15, 15]]
+    first, second = of(results, 2, "stop_request")
+    assert first == second
+    assert [heard > 0 for heard in first] == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_sigterm_saves_and_the_same_command_continues(results, world):
+    for message, final in of(results, world, "terminated"):
+        assert "stopped by SIGTERM after step" in message
+        assert final == "step_00000008"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_failed_write_on_one_rank_fails_on_all_and_leaves_nothing(results, world):
+    for message, *left in of(results, world, "failed_write"):
+        assert "No space left" in message
+        assert "free disk space" in message
+        assert left == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_damaged_shard_stops_every_rank(results, world):
+    for message in of(results, world, "damaged_shard"):
+        assert "00001.tar" in message

@@ -1,0 +1,190 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.distributed import Ranks
+from evaclip.errors import CheckpointError, ConfigError, DataError, TrainingStoppedError
+from evaclip.history import load_history
+from evaclip.run import open_run
+from evaclip.train import _loop, _reporting, train, train_on
+
+TIMED = ("speed/", "memory/")
+
+
+def rows(run_dir):
+    """The history without what depends on the machine's speed."""
+    history = load_history(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in history]
+
+
+def weights(run_dir):
+    return Reader(find_checkpoint(run_dir)).weights()
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "lamb"])
+def test_10_and_10_steps_equal_20_bitwise(tmp_path, colour_shards, optim):
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
+    options = {"optim__name": optim, "data__workers": 2, "checkpoint__every_steps": 10, "train__steps": 20}
+    options["log__every_steps"] = 3  # step 10 lies between two rows
+    train(tiny_config(tmp_path / "straight", source, **options))
+    with pytest.raises(TrainingStoppedError):
+        _train_until(tmp_path / "broken", 13, source, **options)
+    shutil.rmtree(tmp_path / "broken/checkpoints/step_00000013")  # as if killed after step 13: step 10 is the newest
+    train(tiny_config(tmp_path / "broken", source, **options))
+    assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
+    assert rows(tmp_path / "straight") == rows(tmp_path / "broken")
+
+
+def _train_until(run_dir, step, source, **options):
+    """Train, and be asked to stop after a step, as by SIGTERM."""
+
+    class Stop:
+        calls = 0
+
+        def agreed(self):
+            self.calls += 1
+            return 15 if self.calls == step else 0
+
+    run = open_run(tiny_config(run_dir, source, **options), Ranks())
+    with _reporting(run) as report:
+        _loop(run, report, Stop())
+
+
+def test_loss_falls_on_learnable_data(tmp_path, colour_shards):
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
+    train(tiny_config(tmp_path, source, train__steps=60, checkpoint__every_steps=60, optim__lr=3e-3))
+    losses = [row["train/loss"] for row in rows(tmp_path)]
+    # four captions in a batch of 16: a perfect model cannot tell duplicates apart and stays near log 4
+    assert losses[0] > 2.5
+    assert losses[-1] < 1.8
+
+
+def test_run_directory_holds_config_metrics_log_and_checkpoints(tmp_path):
+    train(tiny_config(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step_00000002", "step_00000004"}
+    assert (tmp_path / "checkpoints/latest").read_text() == "step_00000004\n"
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    train(tiny_config(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    train(tiny_config(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_and_another_learning_rate_continue_a_run(tmp_path):
+    train(tiny_config(tmp_path))
+    train(tiny_config(tmp_path, train__steps=6, optim__lr=2e-3))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_model_or_data_order_is_refused_with_the_difference(tmp_path):
+    train(tiny_config(tmp_path))
+    with pytest.raises(ConfigError, match=r"(?s)another model or data order.*model\.embed_dim: 16 -> 24.*seed: 0 -> 1"):
+        train(tiny_config(tmp_path, model__embed_dim=24, seed=1))
+
+
+def test_other_content_of_a_source_is_refused(tmp_path):
+    train(tiny_config(tmp_path))
+    meta = tmp_path / "checkpoints/step_00000004/meta.json"
+    saved = json.loads(meta.read_text())
+    saved["digests"]["tiny"] = "other"
+    meta.write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match="source tiny holds other records"):
+        train(tiny_config(tmp_path, train__steps=6))
+
+
+def test_checkpoint_of_another_model_is_refused_by_its_first_difference(tmp_path):
+    train(tiny_config(tmp_path))
+    meta = tmp_path / "checkpoints/step_00000004/meta.json"
+    saved = json.loads(meta.read_text())
+    saved["shapes"]["image.head.weight"] = [24, 32]
+    meta.write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match=r"(?s)another model.*image\.head\.weight: \[24, 32\] in the checkpoint"):
+        train(tiny_config(tmp_path, train__steps=6))
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    train(tiny_config(tmp_path))
+    part = tmp_path / "checkpoints/step_00000004/part_00000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-5] ^= 1
+    part.write_bytes(content)
+    train(tiny_config(tmp_path))
+    assert "differs from its checksum" in caplog.text
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_accumulation_is_refused_with_its_reason(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch 8 on 1 ranks would need 2 accumulated forwards"):
+        train(tiny_config(tmp_path, train__micro_batch=8))
+
+
+def test_fewer_records_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"hold 10 records, fewer than train\.global_batch 16"):
+        train(tiny_config(tmp_path, {"kind": "synthetic", "num_records": 10}))
+
+
+def test_run_dir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be used: .*; choose a folder that can be written"):
+        train(tiny_config(tmp_path / "file" / "run"))
+
+
+def test_endless_skipping_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaclip.loss.LossOutput.surrogate", lambda self, image, text: image.sum() * math.nan)
+    with pytest.raises(TrainingStoppedError, match=r"the last 3 updates were skipped"):
+        train(tiny_config(tmp_path, train__max_consecutive_skipped_steps=3, train__steps=10))
+    assert [row["train/skipped_steps"] for row in rows(tmp_path)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("change", [{"train__activation_checkpointing": True}, {"train__compile": True}])
+def test_checkpointing_and_compilation_do_not_change_the_losses(tmp_path, change):
+    train_on(Ranks(), tiny_config(tmp_path / "plain"))
+    train_on(Ranks(), tiny_config(tmp_path / "other", **change))
+    plain, other = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("plain", "other"))
+    assert plain == pytest.approx(other, rel=1e-5)  # fused kernels round in another order
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
+def test_16_bit_precisions_follow_fp32(tmp_path, precision):
+    train_on(Ranks(), tiny_config(tmp_path / "plain", train__steps=8))
+    train_on(Ranks(), tiny_config(tmp_path / "other", train__steps=8, train__precision=precision))
+    plain, other = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("plain", "other"))
+    assert plain == pytest.approx(other, rel=0.02)  # bf16 has 8 bits: 0.4 % per rounding
+    assert plain != other
+
+
+def test_fp16_halves_its_loss_scale_at_each_overflow_until_steps_apply(tmp_path):
+    train(tiny_config(tmp_path, train__steps=10, train__precision="fp16", checkpoint__every_steps=10))
+    progress = Reader(find_checkpoint(tmp_path)).progress
+    skipped = sum(row["train/skipped_steps"] for row in rows(tmp_path))
+    assert 0 < skipped < 10  # gradients of a few hundred overflow at the initial 2**16
+    assert progress.updates == 10 - skipped
+    assert progress.grad_scale == 2.0 ** (16 - skipped)
+
+
+def test_16_bit_weights_resume_from_their_fp32_master(tmp_path):
+    train(tiny_config(tmp_path / "straight", train__precision="bf16_weights"))
+    train(tiny_config(tmp_path / "broken", train__precision="bf16_weights"))
+    shutil.rmtree(tmp_path / "broken/checkpoints/step_00000004")
+    train(tiny_config(tmp_path / "broken", train__precision="bf16_weights"))
+    assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
+
+
+def test_fixed_temperature_is_saved_and_restored(tmp_path):
+    train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0))
+    assert weights(tmp_path)["logit_scale"].item() == pytest.approx(math.log(100))
+    train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0, train__steps=5))
