@@ -19,7 +19,7 @@ setup(
         "deepspeed>=0.19",
         "timm>=1.0.20",
         "webdataset>=1.0.2",
-        "wandb>=0.20",
+        "wandb>=0.31",
         "pydantic>=2.10",
         "PyYAML>=6.0",
         "simplejpeg>=1.8",

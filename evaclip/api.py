@@ -51,7 +51,7 @@ class Clip:
         """A Pillow image of any mode and size as the image tower wants it: RGB, resized, cropped, normalised fp32.
 
         Raises:
-            BadImage: The image cannot be read as RGB.
+            BadImageError: The image cannot be read as RGB.
         """
         tower = self.config.image
         pixels = eval_crop(image, tower.image_size, tower.resize).float() / 255

@@ -6,16 +6,20 @@ safetensors file per rank. An entry of such a file is a run of one parameter's e
 needs. Files are written under a temporary name, flushed and checksummed (xxh3); the rename of the folder comes last.
 """
 
+# safetensors leaves parts of its interface untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -25,10 +29,8 @@ from torch import Tensor
 
 from evaclip.config import CheckpointConfig, RunConfig
 from evaclip.config_file import dump, flatten, validate
+from evaclip.distributed import Ranks, agreed
 from evaclip.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from evaclip.distributed import Ranks
 
 FORMAT = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -73,43 +75,33 @@ class Progress:
 def save(folder: Path, config: RunConfig, progress: Progress, entries: Iterable[Entry], ranks: Ranks) -> Path:
     """Write ``folder/step_N`` from all ranks; returns it on every rank.
 
-    Communicates two gathers of a few hundred bytes. Training waits until the files are written.
+    Communicates one gather of a few hundred bytes, and three numbers. Training waits until the files are written.
 
     Raises:
         CheckpointError: Some rank could not write; nothing of the checkpoint is left, older ones are untouched.
     """
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    part = f"part_{ranks.rank:05d}.safetensors"
-
-    def open_folder() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write_part() -> tuple[str, dict[str, Any]]:
-        tensors = {
-            f"{e.kind}/{e.name}@{e.start}": e.values.detach().to("cpu", torch.float32, copy=True) for e in entries
-        }
-        save_file(tensors, temporary / part)
-        _flush(temporary / part)
-        return part, {"size": (temporary / part).stat().st_size, "xxh3": _checksum(temporary / part)}
-
-    def finish(parts: Mapping[str, Any]) -> None:
-        _write(temporary / "config.yaml", dump(config))
-        meta = {"format": FORMAT, **asdict(progress), "config": config.model_dump(mode="json"), "parts": parts}
-        _write(temporary / "meta.json", json.dumps(meta))
-        _flush(temporary)
-        if final.exists():  # a run that was cut back may write a step again
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _write(folder / ".latest.tmp", final.name + "\n")
-        (folder / ".latest.tmp").replace(folder / "latest")
-        _flush(folder)
-
     try:
-        _together(open_folder if ranks.is_main else None, ranks)
-        parts = dict(_together(write_part, ranks))
-        _together((lambda: finish(parts)) if ranks.is_main else None, ranks)
+        with agreed(ranks), _writing():
+            if ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with agreed(ranks), _writing():
+            own = _write_part(temporary / f"part_{ranks.rank:05d}.safetensors", entries)
+        parts = {name: part for written in ranks.gather_objects(own) for name, part in written.items()}
+        with agreed(ranks), _writing():
+            if ranks.is_main:
+                _write(temporary / "config.yaml", dump(config))
+                meta = {"format": FORMAT, **asdict(progress), "config": config.model_dump(mode="json"), "parts": parts}
+                _write(temporary / "meta.json", json.dumps(meta))
+                _flush(temporary)
+                if final.exists():  # a run that was cut back may write a step again
+                    shutil.rmtree(final)
+                temporary.rename(final)
+                _write(folder / ".latest.tmp", final.name + "\n")
+                (folder / ".latest.tmp").replace(folder / "latest")
+                _flush(folder)
     except CheckpointError:
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -117,26 +109,27 @@ def save(folder: Path, config: RunConfig, progress: Progress, entries: Iterable[
     return final
 
 
-def _together(action: Any, ranks: Ranks) -> list[Any]:
-    """Do a rank's part; if it fails on any rank, it has failed on all.
+def _write_part(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
+    """Write this rank's entries; returns the file's name with its size and checksum."""
+    save_file(
+        {f"{e.kind}/{e.name}@{e.start}": e.values.detach().to("cpu", torch.float32, copy=True) for e in entries}, path
+    )
+    _flush(path)
+    return {path.name: {"size": path.stat().st_size, "xxh3": _checksum(path)}}
 
-    Raises:
-        CheckpointError: With the first rank's reason.
-    """
-    result, problem = None, ""
+
+@contextmanager
+def _writing() -> Generator[None]:
+    """Say what a person can do about a file that could not be written."""
     try:
-        result = action() if action else None
+        yield
     except (OSError, SafetensorError) as error:
-        problem = f"the checkpoint could not be written: {error}"
-        if getattr(error, "errno", None) == 28 or "No space left" in str(error):
-            problem += "; free disk space or lower checkpoint.keep_last, and start the run again"
-        else:
-            problem += "; check run_dir, and start the run again"
-    gathered = ranks.gather_objects((result, problem))
-    for _, text in gathered:
-        if text:
-            raise CheckpointError(f"{text} (older checkpoints are intact)")
-    return [value for value, _ in gathered]
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        remedy = "free disk space or lower checkpoint.keep_last" if full else "check run_dir"
+        raise CheckpointError(
+            f"the checkpoint could not be written: {error}; {remedy}, and start the run again "
+            f"(older checkpoints are intact)"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
-        sys.exit(_STOPPED if isinstance(error, TrainingStoppedError) else 1)
+        sys.exit(_STOPPED if isinstance(error, TrainingStoppedError) and error.can_continue else 1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ from evaclip.models.registry import ALIASES, PRESETS
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Colour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -205,11 +206,12 @@ class ShardSource(Section):
     """Image-text pairs in WebDataset tars (img2dataset's layout: key.jpg, key.txt, key.json)."""
 
     kind: Literal["shards"] = "shards"
+    """shards (read from tars) or synthetic."""
     shards: ShardPattern | tuple[ShardPattern, ...]
     """Local tars: a path or a list, with brace ranges such as ``/data/{00000..00099}.tar``."""
     weight: PositiveFloat = 1.0
     """Expected share of the samples, relative to the other sources' weights."""
-    captions: dict[str, PositiveFloat] = Field(default={"txt": 1.0}, min_length=1)
+    captions: dict[Name, PositiveFloat] = Field(default={"txt": 1.0}, min_length=1)
     """Member or json field -> probability: ``{txt: 0.5, json.recaption: 0.5}``; if empty, the first that is not."""
 
 
@@ -217,6 +219,7 @@ class SyntheticSource(Section):
     """Noise images and random captions, for benchmarks and debugging; reads nothing."""
 
     kind: Literal["synthetic"]
+    """shards (read from tars) or synthetic."""
     num_records: PositiveInt = 100_000
     """Distinct records."""
     weight: PositiveFloat = 1.0
@@ -261,7 +264,7 @@ class AugmentConfig(Section):
 class DataConfig(Section):
     """What is read, and in which order."""
 
-    sources: dict[str, Source] = Field(min_length=1)
+    sources: dict[Name, Source] = Field(min_length=1)
     """Name -> source; the names appear in metrics and are part of the data order."""
     augment: AugmentConfig = AugmentConfig()
     workers: NonNegativeInt = 4
@@ -315,6 +318,7 @@ class LambConfig(OptimConfig):
     """LAMB (arXiv:1904.00962), bias-corrected."""
 
     name: Literal["lamb"] = "lamb"
+    """The optimizer: lamb or adamw."""
     trust_ratio: Literal["decayed", "all"] = "decayed"
     """Which tensors take a trust ratio: those with weight decay (as timm does), or all but the logit scale."""
 
@@ -323,6 +327,7 @@ class AdamWConfig(OptimConfig):
     """AdamW (arXiv:1711.05101)."""
 
     name: Literal["adamw"]
+    """The optimizer: lamb or adamw."""
 
 
 Optim = Annotated[LambConfig | AdamWConfig, Field(discriminator="name"), tagged("name", "lamb")]
@@ -344,12 +349,14 @@ class TorchEngineConfig(Section):
     """Plain PyTorch: one process, or data parallel with everything replicated."""
 
     name: Literal["torch"] = "torch"
+    """The engine: torch or deepspeed."""
 
 
 class DeepSpeedEngineConfig(Section):
     """DeepSpeed ZeRO (arXiv:1910.02054): optimizer state (1), gradients (2) and parameters (3) sharded over ranks."""
 
     name: Literal["deepspeed"]
+    """The engine: torch or deepspeed."""
     zero_stage: Literal[1, 2, 3] = 1
     """What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too."""
 
@@ -434,6 +441,7 @@ class ZeroShotDataset(EvalDataset):
     """Classification by the nearest caption; each record holds an image and ``cls``."""
 
     task: Literal["zero_shot"] = "zero_shot"
+    """What is measured: zero_shot, retrieval or loss."""
     class_names: FilePath | None = None
     """File with a class name per line; null: ``classnames.txt`` of the folder."""
     templates: FilePath | None = None
@@ -444,12 +452,14 @@ class RetrievalDataset(EvalDataset):
     """Image-text retrieval; each record holds an image and ``txt`` with a caption per line."""
 
     task: Literal["retrieval"]
+    """What is measured: zero_shot, retrieval or loss."""
 
 
 class ValidationLossDataset(EvalDataset):
     """The training loss on records that are not trained on; each holds an image and ``txt``."""
 
     task: Literal["loss"]
+    """What is measured: zero_shot, retrieval or loss."""
 
 
 Dataset = Annotated[
@@ -468,7 +478,7 @@ class EvalConfig(Section):
     """Evaluate before the first step: a bad initialisation shows before a day is lost."""
     batch: PositiveInt = 256
     """Images per rank and forward pass; also the number of pairs in one validation loss."""
-    datasets: dict[str, Dataset] = {}
+    datasets: dict[Name, Dataset] = {}
     """Name -> dataset; results are published as ``eval/NAME/METRIC``."""
 
 
@@ -511,6 +521,11 @@ def _disagreements(run: RunConfig) -> list[str]:
         found.append(
             f"schedule.warmup_steps {run.schedule.warmup_steps} leaves nothing of train.steps {run.train.steps}"
         )
+    if isinstance(run.optim, LambConfig) and run.optim.trust_ratio == "decayed" and not _decays(run.optim):
+        found.append(
+            "optim.name lamb with optim.trust_ratio decayed and no weight decay would be plain Adam; "
+            "set optim.trust_ratio=all, or optim.name=adamw"
+        )
     if isinstance(run.engine, DeepSpeedEngineConfig):
         if isinstance(run.optim, LambConfig):
             found.append(
@@ -532,3 +547,9 @@ def _disagreements(run: RunConfig) -> list[str]:
     if best and best.split("/")[1:2] != [name for name in run.eval.datasets if best.startswith(f"eval/{name}/")][:1]:
         found.append(f"checkpoint.keep_best {best} names no dataset of eval.datasets ({', '.join(run.eval.datasets)})")
     return found
+
+
+def _decays(optim: OptimConfig) -> bool:
+    """Whether any tower has weight decay."""
+    own = (optim.image.weight_decay, optim.text.weight_decay)
+    return any(optim.weight_decay if decay is None else decay for decay in own)

@@ -1,5 +1,8 @@
 """From YAML and command-line text to a ``RunConfig``, and back; every problem of a file is reported at once."""
 
+# PyYAML has no types:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import difflib
@@ -77,7 +80,12 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two surprises less: a repeated key is an error, and 1e-3 is a number."""
+    """YAML with three surprises less: a repeated key is an error, 1e-3 is a number, and ``off`` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own table, without its yes, no, on and off
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
@@ -86,6 +94,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -171,12 +180,13 @@ def options(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[
         if not kinds:
             yield Option(path, _type(field), _default(field), " ".join((field.description or "").split()))
         named = get_origin(field.annotation) is dict
-        seen: set[str] = set()
+        found: dict[str, Option] = {}
         for kind in kinds:
             for option in options(kind, f"{path}.NAME." if named else f"{path}."):
-                if option.path not in seen:
-                    seen.add(option.path)
-                    yield option
+                known = found.setdefault(option.path, option)
+                if option.kind != known.kind:  # the tag of a section of several kinds
+                    known.kind += f"|{option.kind}"
+        yield from found.values()
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from evaclip.errors import EvaclipError
 
 T = TypeVar("T")
 
@@ -84,6 +86,25 @@ class Ranks:
             dist.barrier()
 
 
+@contextmanager
+def agreed(ranks: Ranks) -> Generator[None]:
+    """An ``EvaclipError`` of one rank in the body becomes one on all ranks, before they diverge.
+
+    Every rank must come this way. Communicates one number, and the errors if there is one.
+
+    Raises:
+        EvaclipError: The body raised one on some rank; kind and message are those of the first such rank.
+    """
+    own: EvaclipError | None = None
+    try:
+        yield
+    except EvaclipError as error:
+        own = error
+    if int(ranks.sum(torch.tensor(int(own is not None), device=ranks.device))):
+        first = next(error for error in ranks.gather_objects(own) if error is not None)
+        raise type(first)(str(first)) from own
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,7 +112,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def started(*, need_group: bool, timeout_seconds: float = 1800) -> Iterator[Ranks]:
+def started(*, need_group: bool, timeout_seconds: float = 1800) -> Generator[Ranks]:
     """Join the process group that torchrun describes in the environment; leave it at the end.
 
     Args:
@@ -106,7 +127,7 @@ def started(*, need_group: bool, timeout_seconds: float = 1800) -> Iterator[Rank
     if world_size == 1 and not need_group:
         yield Ranks(device=device)
         return
-    if world_size == 1:
+    if "RANK" not in os.environ:  # not under torchrun: this process is its own rendezvous
         alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update({**alone, "LOCAL_RANK": "0"})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -20,4 +20,12 @@ class CheckpointError(EvaclipError):
 
 
 class TrainingStoppedError(EvaclipError):
-    """Training ended before its last step, by a rule or by a signal."""
+    """Training ended before its last step.
+
+    Attributes:
+        can_continue: The run was asked to stop and is saved; otherwise a rule ended it.
+    """
+
+    def __init__(self, message: str, *, can_continue: bool = False) -> None:
+        super().__init__(message)
+        self.can_continue = can_continue

@@ -118,6 +118,11 @@ class ContrastiveLoss(nn.Module):
         start = torch.full((1,), math.log(config.logit_scale), device=device)
         self.logit_scale = nn.Parameter(start, requires_grad=config.learn_logit_scale)
 
+    @property
+    def multiplier(self) -> float:
+        """The logit scale itself; waits for the device."""
+        return float(self.logit_scale.detach().exp())
+
     def forward(self, image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], ranks: Ranks) -> LossOutput:
         """The loss over the global batch; leaves the temperature's gradient in ``logit_scale.grad``."""
         output = info_nce(image, text, self.logit_scale.exp()[0], ranks)

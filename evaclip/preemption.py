@@ -7,7 +7,7 @@ it: four bytes, on the CPU, beside the training. On one rank the flag itself is 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ class StopRequest:
 
 
 @contextmanager
-def listening(ranks: Ranks) -> Iterator[StopRequest]:
+def listening(ranks: Ranks) -> Generator[StopRequest]:
     """Take SIGTERM and Ctrl-C as requests; the second one ends the process at once."""
     request = StopRequest(ranks)
     before = {number: signal.signal(number, request._receive) for number in _SIGNALS}

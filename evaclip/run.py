@@ -22,7 +22,8 @@ from evaclip import checkpoint
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
-from evaclip.data.readers import OpenedSource, open_sources
+from evaclip.data.readers import OpenedSource
+from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
 from evaclip.errors import CheckpointError, ConfigError
 from evaclip.logs import log_setup
@@ -30,10 +31,10 @@ from evaclip.loss import ContrastiveLoss
 from evaclip.models.attention import kernel_name
 from evaclip.models.clip import create_model
 from evaclip.optim.table import describe
+from evaclip.sources import open_sources
 
 if TYPE_CHECKING:
     from evaclip.config import RunConfig
-    from evaclip.distributed import Ranks
     from evaclip.engine.protocol import Engine
     from evaclip.models.clip import CLIP
 
@@ -169,18 +170,17 @@ def _require_one_forward(config: RunConfig, ranks: Ranks) -> None:
 def _make_directory(config: RunConfig, ranks: Ranks) -> None:
     """Create the run directory and send the log there."""
     directory = Path(config.run_dir)
-    problem = ""
-    if ranks.is_main:
-        try:
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            log_setup(directory, ranks.rank)
-        except OSError as error:
-            problem = f"run_dir {directory} cannot be used: {error.strerror}; choose a folder that can be written"
-    else:
-        log_setup(None, ranks.rank)
-    problem = ranks.from_main(problem)
-    if problem:
-        raise ConfigError(problem)
+    with agreed(ranks):
+        if ranks.is_main:
+            try:
+                (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+                log_setup(directory, ranks.rank)
+            except OSError as error:
+                raise ConfigError(
+                    f"run_dir {directory} cannot be used: {error.strerror}; choose a folder that can be written"
+                ) from error
+        else:
+            log_setup(None, ranks.rank)
 
 
 def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.Reader | None:
@@ -267,7 +267,7 @@ def _describe(run: Run, reader: checkpoint.Reader | None) -> None:
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     log.info(
         "attention: %s; precision %s; engine %s",
-        kernel_name(ranks.device, dtype),
+        kernel_name(ranks.device, dtype, config.model.text.width // config.model.text.heads),
         config.train.precision,
         config.engine.name,
     )

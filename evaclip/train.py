@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.data.pipeline import SourceAccount, account, require_few_bad
-from evaclip.distributed import started
+from evaclip.distributed import Ranks, agreed, started
 from evaclip.errors import TrainingStoppedError
 from evaclip.evaluation import evaluate, format_table, write_results
 from evaclip.history import History
@@ -87,7 +87,8 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         if asked and not last:
             raise TrainingStoppedError(
                 f"stopped by {signal.Signals(asked).name} after step {run.step}, which is saved; "
-                f"the same command continues from there"
+                f"the same command continues from there",
+                can_continue=True,
             )
 
 
@@ -126,7 +127,7 @@ class Report:
     def publish(self, run: Run, factor: float) -> None:
         """Publish a row: the one place in the loop that waits for the device."""
         config, optimizer = run.config, run.engine.optimizer
-        scalars: dict[str, Tensor] = {"train/logit_scale": run.loss.logit_scale.exp()}
+        scalars: dict[str, Tensor] = {"train/logit_scale": run.loss.logit_scale.detach().exp()}
         if len(optimizer.trust_ratios):
             levels = torch.tensor([0.05, 0.5, 0.95], device=run.ranks.device)
             quantiles = optimizer.trust_ratios.quantile(levels)
@@ -159,7 +160,7 @@ class Report:
             results = list(
                 evaluate(
                     run.engine.towers,
-                    float(run.loss.logit_scale.exp()),
+                    run.loss.multiplier,
                     config.eval,
                     config.model,
                     run.ranks,
@@ -202,25 +203,31 @@ def _accounts(run: Run) -> dict[str, SourceAccount]:
 
 
 @contextmanager
-def _reporting(run: Run) -> Iterator[Report]:
+def _reporting(run: Run) -> Generator[Report]:
     """Open history, W&B and progress on the main rank, cut to the restored step, and close them whatever happens."""
     config, ranks = run.config, run.ranks
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
     meter = Meter(ranks.device)
     meter.restore(run.meter_state or {})
-    clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(device))
-    if not ranks.is_main:
-        yield Report(meter, clock, None, None, None, {})
-        return
-    history = History(run.directory / "metrics.jsonl")
-    history.truncate(-1 if run.meter_state is None else run.step)
-    tracker = Tracker(run.directory, config.log.wandb, config.model_dump(mode="json"), history)
-    progress = Progress(steps=config.train.steps, step=run.step)
-    failed = True
-    try:
-        yield Report(meter, clock, progress, history, tracker, {})
-        failed = False
-    finally:
-        progress.close()
-        history.close()
-        tracker.finish(int(failed))
+    clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(gpu))
+    with ExitStack() as cleanup:
+        report = Report(meter, clock, None, None, None, {})
+        with agreed(ranks):
+            if ranks.is_main:
+                report.history = History(run.directory / "metrics.jsonl")
+                cleanup.callback(report.history.close)
+                report.history.truncate(-1 if run.meter_state is None else run.step)
+                resolved = config.model_dump(mode="json")
+                report.tracker = Tracker(run.directory, config.log.wandb, resolved, report.history)
+                report.progress = Progress(steps=config.train.steps, step=run.step)
+                cleanup.callback(report.progress.close)
+        exit_code = 1
+        try:
+            yield report
+            exit_code = 0
+        except TrainingStoppedError as stopped:
+            exit_code = int(not stopped.can_continue)
+            raise
+        finally:
+            if report.tracker:
+                report.tracker.finish(exit_code)

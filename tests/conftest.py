@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import simplejpeg
@@ -35,6 +37,7 @@ SYNTHETIC = {"kind": "synthetic", "num_records": 200}
 
 def merged(tree: dict, **changes) -> dict:
     """The tree with ``section__key=value`` changes."""
+    tree = copy.deepcopy(tree)
     for dotted, value in changes.items():
         *parents, leaf = dotted.split("__")
         place = tree

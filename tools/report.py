@@ -2,18 +2,16 @@
 
     python tools/report.py runs/demo --require digits.top1=0.97
 
-Reads ``metrics.jsonl``, ``evaluation.json``, ``predictions/`` and ``config.yaml`` of the run, the images of its evaluation
-sets, and, where there is a retrieval set, the model, to show which caption it finds. Every score stands beside what
-guessing would give. With ``--require DATASET.METRIC=VALUE`` the report says whether the value is reached, and the tool
-exits 1 where it is not. This module decides how results are shown; it measures nothing itself.
+Reads ``metrics.jsonl``, ``evaluation.json``, ``predictions/`` and ``config.yaml`` of the run, the images of its
+evaluation sets, and, where there is a retrieval set, the model, to show which caption it finds. Every score stands
+beside what guessing would give. With ``--require DATASET.METRIC=VALUE`` the report says whether the value is reached,
+and the tool exits 1 where it is not. This module decides which numbers are shown; it measures nothing itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import html
-import io
 import json
 import math
 import sys
@@ -24,6 +22,7 @@ from random import Random
 from typing import Any
 
 import torch
+from report_page import Sample, curves, page
 
 from evaclip import config_file
 from evaclip.api import Clip, load
@@ -200,17 +199,6 @@ def summarise(
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A held-out image, what it shows and what it was taken for."""
-
-    source: str
-    """The file's bytes as a data URI."""
-    truth: str
-    predicted: str
-    right: bool
-
-
 def image_bytes(members: Mapping[str, bytes]) -> bytes:
     """The image of a record as it lies in the shard."""
     return next(members[key] for key in IMAGE_KEYS if key in members)
@@ -229,7 +217,7 @@ def choose(count: int) -> list[int]:
 def classified_samples(dataset: ZeroShotDataset, found: Mapping[str, Any], index_dir: str | None) -> list[Sample]:
     """Random records of a classification set with their predictions."""
     records = open_records(dataset, index_dir, Ranks())
-    names: Sequence[str] = found["class_names"]
+    names: list[str] = found["class_names"]
     samples: list[Sample] = []
     for number in choose(len(records)):
         label, predicted = found["labels"][number], found["predictions"][number]
@@ -261,175 +249,88 @@ def retrieved_samples(
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- curves
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# ------------------------------------------------------------------------------------------------------------ running
 
 
-def panels(evaluation: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Title of each plot -> metric -> label of its curve; the published names of ``evaclip.metrics``."""
-
-    def scores(task: str, metrics: Mapping[str, str]) -> dict[str, str]:
-        sets = [name for name, result in evaluation.items() if result["task"] == task]
-        return {f"eval/{name}/{metric}": title(name) + label for name in sets for metric, label in metrics.items()}
-
-    recall = {"image_to_text_recall@1": ", image to text", "text_to_image_recall@1": ", text to image"}
+def commands(run_dir: Path) -> dict[str, str]:
+    """What to type to do it again."""
+    config = run_dir / "config.yaml"
     return {
-        "loss, in nats": {"train/loss": "training", **scores("loss", {"loss": ""})},
-        "accuracy within a batch": {
-            "train/accuracy_image_to_text": "image to text",
-            "train/accuracy_text_to_image": "text to image",
-        },
-        "zero-shot top-1 (dotted: chance)": scores("zero_shot", {"top1": ""}),
-        "retrieval recall@1": scores("retrieval", recall),
-        "learning rate": {"lr/image": "image tower", "lr/text": "text tower"},
-        "samples per second": {"speed/samples_per_second": "training"},
+        "Repeat the run from the start, elsewhere; the same machine gives the same numbers:": (
+            f"evaclip train {config} run_dir={run_dir}-again"
+        ),
+        "Resume it, if it was interrupted, from its newest checkpoint:": f"evaclip train {config}",
+        "Evaluate its newest checkpoint on its own sets:": f"evaclip evaluate {run_dir}",
+        "Make this report again:": f"python tools/report.py {run_dir}",
     }
 
 
-def curves(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> str:
-    """The run over its samples, as SVG.
-
-    Args:
-        rows: Of ``metrics.jsonl``.
-        evaluation: The part of that name of ``summarise``'s result.
+def make_report(run_dir: Path, requirements: Sequence[Requirement]) -> dict[str, Any]:
+    """Write ``report.html`` and ``report.json``; returns what the latter holds.
 
     Raises:
-        DataError: matplotlib is not installed.
+        EvaclipError: Something of the run is missing, or a requirement names what it has not.
     """
+    for name in ("metrics.jsonl", "evaluation.json", "config.yaml"):
+        if not (run_dir / name).is_file():
+            raise DataError(f"{run_dir / name} does not exist; give the directory of a run that has evaluated")
+    rows = load_history(run_dir / "metrics.jsonl")
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    config = config_file.load(run_dir / "config.yaml")
+    predictions: dict[str, Any] = {}
+    captions: dict[str, list[list[str]]] = {}
+    samples: dict[str, list[Sample]] = {}
+    clip: Clip | None = None
+    for name in evaluation:
+        dataset = config.eval.datasets.get(name)
+        if dataset is None:
+            raise DataError(f"evaluation.json has {name!r}, config.yaml has not; run evaclip evaluate {run_dir}")
+        if isinstance(dataset, ZeroShotDataset):
+            predictions[name] = json.loads((run_dir / "predictions" / f"{name}.json").read_text())
+            samples[name] = classified_samples(dataset, predictions[name], config.data.index_dir)
+        elif isinstance(dataset, RetrievalDataset):
+            clip = clip or load(run_dir)
+            records = open_records(dataset, config.data.index_dir, Ranks())
+            captions[name] = [captions_of(records.read(number), per_line=True) for number in range(len(records))]
+            samples[name] = retrieved_samples(dataset, captions[name], config, clip)
+    summary = summarise(rows, evaluation, predictions, captions, requirements) | {"commands": commands(run_dir)}
+    names = {name: found["class_names"] for name, found in predictions.items()}
+    text = page(str(run_dir), summary, names, samples, curves(rows, summary["evaluation"]))
+    (run_dir / "report.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    (run_dir / "report.html").write_text(text, encoding="utf-8")
+    return summary
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_dir", type=Path, help="directory of a run that has evaluated")
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        type=parse_requirement,
+        metavar="DATASET.METRIC=VALUE",
+        help="least value of a score, such as digits.top1=0.97; exit 1 if it is missed; may be repeated",
+    )
+    arguments = parser.parse_args(argv)
     try:
-        import matplotlib as mpl  # noqa: PLC0415  an optional dependency, and slow
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise DataError("the curves need matplotlib, which is missing; pip install 'evaclip[demo]'") from error
-
-    look = {"svg.hashsalt": "evaclip", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(look):  # the salt makes equal runs give equal files
-        figure = Figure(figsize=(11, 6), layout="constrained")
-        for axes, (heading, names) in zip(figure.subplots(2, 3).flat, panels(evaluation).items(), strict=True):
-            axes.set_title(heading, loc="left")
-            axes.set_xlabel("training samples")
-            for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
-                points = [(row["samples"], row[name]) for row in rows if row.get(name) is not None]
-                x, y = zip(*points, strict=True) if points else ((), ())
-                axes.plot(x, y, color=colour, label=label, marker="o" if len(points) < 30 else "", markersize=3)
-                dataset, _, metric = name.removeprefix("eval/").partition("/")
-                if metric == "top1":
-                    axes.axhline(evaluation[dataset]["metrics"][metric]["chance"], color=colour, linestyle=":")
-            axes.set_ylim(bottom=0)
-            if names:
-                axes.legend(frameon=False)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()[file.getvalue().index("<svg") :]
-
-
-# --------------------------------------------------------------------------------------------------------------- page
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-svg { width: 100%; height: auto } table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
-.note { color: #555 } .good { color: #006b3c } .bad { color: #b3261e }
-.cards, .samples { display: flex; flex-wrap: wrap; gap: 1rem }
-.card { border: 1px solid #ccc; border-radius: .5rem; padding: .7rem 1rem; min-width: 12rem }
-.card b { display: block; font-size: 2rem; line-height: 1.2 }
-.samples figure { width: 11.5rem; margin: 0; font-size: .8rem; line-height: 1.3 }
-.samples img { width: 6rem; height: 6rem; object-fit: contain; display: block; background: #f4f4f4 }
-.confusion td, .confusion th { text-align: center; min-width: 2.2rem; padding: .2rem }
-pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
-"""
-
-
-def title(name: str) -> str:
-    """A name from the configuration as words."""
-    return name.replace("_", " ")
-
-
-def percent(value: float | None) -> str:
-    """A share as people read it."""
-    return "not finite" if value is None else f"{100 * value:.2f} %" if value < 0.01 else f"{100 * value:.1f} %"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """An HTML table; cells are HTML already."""
-    lines = [f'<table class="{kind}"><tr>', *(f"<th>{cell}</th>" for cell in header), "</tr>"]
-    for row in rows:
-        lines += ["<tr>", *(cell if cell.startswith("<t") else f"<td>{cell}</td>" for cell in row), "</tr>"]
-    return "\n".join([*lines, "</table>"])
-
-
-def cards(summary: Mapping[str, Any]) -> str:
-    """The headline numbers."""
-    wanted = {verdict["name"]: verdict for verdict in summary["requirements"]}
-    shown = {"zero_shot": ("top1",), "retrieval": ("image_to_text_recall@1", "text_to_image_recall@1")}
-    found: list[str] = []
+        summary = make_report(arguments.run_dir, arguments.require)
+    except (EvaclipError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for name, result in summary["evaluation"].items():
-        for metric in shown.get(result["task"], ()):
-            score = result["metrics"][metric]
-            verdict = wanted.get(f"{name}.{metric}")
-            lines = [f"{html.escape(title(name))}, {title(metric)}", f"<b>{percent(score['value'])}</b>"]
-            lines.append(f"chance {percent(score['chance'])}")
-            if verdict is not None:
-                word = mark("passed" if verdict["passed"] else "not passed", good=verdict["passed"])
-                lines.append(f"<br>required {percent(verdict['required'])}: {word}")
-            found.append(f'<div class="card">{" ".join(lines)}</div>')
-    return f'<div class="cards">{"".join(found)}</div>'
-
-
-def mark(text: str, *, good: bool) -> str:
-    """A word in the colour of success or failure."""
-    return f'<strong class="{"good" if good else "bad"}">{html.escape(text)}</strong>'
-
-
-def scores_table(evaluation: Mapping[str, Any]) -> str:
-    """Every score with its chance level and its value before training."""
-    rows: list[list[str]] = []
-    for name, result in evaluation.items():
-        show = percent if result["task"] != "loss" else lambda value: "not finite" if value is None else f"{value:.4f}"
         for metric, score in result["metrics"].items():
-            guess = "" if score["chance"] is None else show(score["chance"])
-            before = "" if score["at_start"] is None else show(score["at_start"])
-            where = f"{html.escape(title(name))} ({result['num_records']:,})"
-            rows.append([where, title(metric), show(score["value"]), guess, before])
-    return table(["set (records)", "score", "value", "chance", "before training"], rows)
+            guess = "" if score["chance"] is None else f"  (chance {score['chance']:.4f})"
+            print(f"{name}.{metric}: {score['value']}{guess}")
+    for verdict in summary["requirements"]:
+        relation, word = (">=", "passed") if verdict["passed"] else ("<", "NOT PASSED")
+        print(f"{word}: {verdict['name']} {verdict['value']} {relation} {verdict['required']}")
+    print(f"{arguments.run_dir / 'report.html'}")
+    return 0 if summary["passed"] else 1
 
 
-def retrieval_table(evaluation: Mapping[str, Any]) -> str:
-    """Recall of each retrieval set, both ways."""
-    rows: list[list[str]] = []
-    for name, result in evaluation.items():
-        for way in ("image_to_text", "text_to_image") if result["task"] == "retrieval" else ():
-            scores = {metric: score for metric, score in result["metrics"].items() if metric.startswith(way)}
-            cells = [f"{percent(score['value'])} ({percent(score['chance'])})" for score in scores.values()]
-            size = f"{result['images']:,} images, {result['captions']:,} captions"
-            rows.append([f"{html.escape(title(name))}, {title(way)}", *cells, size])
-    return table(["set", "recall@1 (chance)", "recall@5 (chance)", "recall@10 (chance)", "among"], rows)
-
-
-def confusion_table(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """A confusion matrix, each row shaded by its shares."""
-    rows: list[list[str]] = []
-    for name, row in zip(names, counts, strict=True):
-        cells = [f"<th>{html.escape(name)}</th>"]
-        for column, count in enumerate(row):
-            share = count / max(1, sum(row))
-            colour = "0, 114, 178" if column == len(rows) else "213, 94, 0"
-            ink = "#fff" if share > 0.5 else "#1a1a1a"
-            cells.append(f'<td style="background: rgba({colour}, {share:.3f}); color: {ink}">{count or ""}</td>')
-        rows.append(cells)
-    return table(["", *map(html.escape, names)], rows, "confusion")
-
-
-def gallery(samples: Sequence[Sample]) -> str:
-    """Images with what they show and what they were taken for."""
-    figures = [
-        f'<figure><img src="{sample.source}" alt="{html.escape(sample.truth)}">'
-        f"{mark('right' if sample.right else 'wrong', good=sample.right)}: {html.escape(sample.predicted)}"
-        + ("" if sample.right else f'<br><span class="note">is: {html.escape(sample.truth)}</span>')
-        + "</figure>"
-        for sample in samples
-    ]
-    return f'<div class="samples">{"".join(figures)}</div>'
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

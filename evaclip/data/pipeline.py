@@ -6,13 +6,12 @@ as used and the batch of step t depends neither on the number of workers nor on 
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from evaclip.config import RunConfig
 from evaclip.data.batch import Batch, PackedText
@@ -27,6 +26,7 @@ from evaclip.data.order import (
     slots_of_worker,
 )
 from evaclip.data.readers import BadRecordError, OpenedSource, Reader, Sample
+from evaclip.data.workers import loader
 from evaclip.errors import DataError
 
 if TYPE_CHECKING:
@@ -122,12 +122,6 @@ class _SlotParts(IterableDataset[Part]):
             return sample, seed
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; workers must live until the checkpoint is written."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class Stream:
     """A rank's batches, each with the state behind it: ``for batch, states in stream``.
 
@@ -152,12 +146,7 @@ class Stream:
         readers = [source.reader for source in sources.values()]
         per_slot = config.train.global_batch // plan.slots
         parts = _SlotParts(plan, readers, self.slots, per_slot, states, steps)
-        self._loader = DataLoader(
-            parts,
-            batch_size=None,
-            num_workers=self._workers,
-            worker_init_fn=_leave_signals_to_the_parent,
-        )
+        self._loader = loader(parts, workers=self._workers, batch_size=None)
         self._pin = ranks.device.type == "cuda"
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[int, SlotState]]]:

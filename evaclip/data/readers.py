@@ -6,27 +6,20 @@ else stops the run, because another run would not repeat the skip. Readers do no
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
-from tqdm import tqdm
 
-from evaclip.config import IMAGE_KEYS, AugmentConfig, DataConfig, RunConfig, ShardSource
+from evaclip.config import IMAGE_KEYS, AugmentConfig
 from evaclip.data import images
 from evaclip.data.captions import BadCaptionError, choose_caption
 from evaclip.data.order import hash64
-from evaclip.data.shards import CorruptRecordError, ShardSet, ensure_index, expand
+from evaclip.data.shards import CorruptRecordError, ShardSet
 from evaclip.data.tokenizer import Tokenizer
-from evaclip.errors import DataError
-
-if TYPE_CHECKING:
-    from evaclip.distributed import Ranks
 
 
 class Sample(NamedTuple):
@@ -109,9 +102,6 @@ class SyntheticReader:
         return f"synthetic {shard}"
 
 
-# ---------------------------------------------------------------------------------------------------------- opening
-
-
 class OpenedSource(NamedTuple):
     """A source with everything counted."""
 
@@ -119,68 +109,3 @@ class OpenedSource(NamedTuple):
     shard_records: tuple[int, ...]
     digest: str
     """Identity of the content."""
-
-
-class ShardFacts(NamedTuple):
-    """What every rank must know of a shard."""
-
-    records: int
-    digest: str
-    extensions: tuple[str, ...]
-
-
-def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
-    """Find and count all sources; missing indexes are built in parallel over the ranks.
-
-    Communicates one gather of a few bytes per shard.
-
-    Raises:
-        DataError: A shard is missing or damaged, or a source has no images or no captions.
-    """
-    tokenizer = Tokenizer(config.model.text.context_length)
-    size = config.model.image.image_size
-    opened: dict[str, OpenedSource] = {}
-    for name, source in config.data.sources.items():
-        if not isinstance(source, ShardSource):
-            reader = SyntheticReader(size, config.model.text.context_length)
-            opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
-            continue
-        shards = ShardSet(expand(source.shards), config.data.index_dir)
-        facts = _count(name, shards, config.data, ranks)
-        _require_members(name, source, facts)
-        reader = ShardReader(
-            shards, source.captions, config.data.augment, size, config.data.max_image_pixels, tokenizer
-        )
-        digest = xxhash.xxh3_64_hexdigest("".join(fact.digest for fact in facts).encode())
-        opened[name] = OpenedSource(reader, tuple(fact.records for fact in facts), digest)
-    return opened
-
-
-def _count(name: str, shards: ShardSet, data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
-    mine = shards.paths[ranks.rank :: ranks.world_size]
-    quiet = not (ranks.is_main and sys.stderr.isatty())
-    facts: list[ShardFacts] = []
-    problem = ""
-    try:
-        for path in tqdm(mine, f"indexing {name}", disable=quiet, leave=False):
-            index = ensure_index(path, data.index_dir)
-            facts.append(ShardFacts(index.num_records, index.digest, index.extensions))
-    except DataError as error:  # every rank must reach the gather, and then every rank stops
-        problem = str(error)
-    gathered = ranks.gather_objects((facts, problem))
-    problems = [text for _, text in gathered if text]
-    if problems:
-        raise DataError(problems[0])
-    return [gathered[number % ranks.world_size][0][number // ranks.world_size] for number in range(len(shards.paths))]
-
-
-def _require_members(name: str, source: ShardSource, facts: Sequence[ShardFacts]) -> None:
-    found = {extension for fact in facts for extension in fact.extensions}
-    wanted = {key.partition(".")[0] for key in source.captions}
-    for what, keys in (("images", set(IMAGE_KEYS)), ("captions", wanted)):
-        if not keys & found:
-            raise DataError(
-                f"the shards of source {name} hold no {what}: wanted members {', '.join(sorted(keys))}, "
-                f"found {', '.join(sorted(found))}; see data.sources.{name}.captions"
-                + ("" if what == "captions" else " and img2dataset's layout")
-            )

@@ -8,42 +8,20 @@ that names the record: an evaluation that skips records measures another set. No
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from evaclip.config import IMAGE_KEYS, EvalDataset, ImageTowerConfig, ZeroShotDataset
 from evaclip.data.images import BadImageError, eval_crop, load_eval
 from evaclip.data.shards import ShardSet, ensure_index, expand
-from evaclip.distributed import Ranks
+from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
-
-
-@contextmanager
-def agreed(ranks: Ranks) -> Iterator[None]:
-    """A data error of one rank in the body becomes the same error on all, before they diverge.
-
-    Communicates one number, and the messages if there is an error.
-
-    Raises:
-        DataError: The body raised one on some rank; the message is that of the first such rank.
-    """
-    cause = None
-    try:
-        yield
-    except DataError as error:
-        cause = error
-    if int(ranks.sum(torch.tensor(int(cause is not None), device=ranks.device))):
-        messages = ranks.gather_objects(str(cause) if cause else "")
-        raise DataError(next(message for message in messages if message)) from cause
-
 
 # ------------------------------------------------------------------------------------------------------------ records
 

@@ -9,7 +9,6 @@ Communication is what ``Ranks`` offers and nothing else; this module does not kn
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -17,11 +16,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from evaclip.config import ImageTowerConfig, ModelConfig
 from evaclip.data.batch import PackedText
 from evaclip.data.tokenizer import Tokenizer
+from evaclip.data.workers import loader
 from evaclip.distributed import Ranks
 from evaclip.errors import DataError
 from evaclip.evaluation.datasets import EvalRecord, Records, agreed, image_of
@@ -84,12 +84,6 @@ def _collate(items: Sequence[tuple[Tensor, Any] | DataError]) -> tuple[Tensor, l
     return torch.stack(images), values
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process decides what happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Consecutive parts of at most ``size``."""
     return (items[start : start + size] for start in range(0, len(items), size))
@@ -120,17 +114,16 @@ class Bench:
             DataError: On every rank, if a record of any rank cannot be used.
         """
         mine = share(len(records), self.ranks)
-        loader = DataLoader(
+        batches = loader(
             _Parsed(records, self.model.image, self.max_image_pixels, parse),
-            self.batch,
+            workers=min(self.workers, -(-len(mine) // self.batch)),
+            batch_size=self.batch,
             sampler=mine,
-            num_workers=min(self.workers, -(-len(mine) // self.batch)),
             collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.ranks.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the training's
         )
-        for loaded in loader:
+        for loaded in batches:
             with agreed(self.ranks):
                 if isinstance(loaded, DataError):
                     raise loaded

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evaclip.optim.base import TableOptimizer, _Slice
+from evaclip.optim.base import Slice, TableOptimizer
 
 
 class AdamW(TableOptimizer):
     """w <- w - lr (m / (sqrt(v) + eps) + decay w), with bias-corrected moments m and v."""
 
-    def _apply(self, slices: Sequence[_Slice], finite: Tensor) -> None:
+    def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
         for s in slices:
             self._subtract(s, 1.0, finite)

@@ -9,6 +9,9 @@ row. Nothing else, and nothing waits for the device: a step with a non-finite gr
 ``torch.where`` choosing the old values, on every rank alike because the norm and the loss are the same on all.
 """
 
+# torch leaves parts of its interface untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
 
-_CPU_CHUNK = 1 << 16  # elements of a slice that stay in the cache from one operation to the next
+_CPU_CHUNK = 1 << 15  # elements that stay in the cache between operations, and that torch does not split over threads
 
 
 class Span(NamedTuple):
@@ -58,7 +61,7 @@ class _Bound(NamedTuple):
     spans: tuple[Span, ...]
 
 
-class _Slice(NamedTuple):
+class Slice(NamedTuple):
     """A span's flat views during a step."""
 
     row: int
@@ -160,8 +163,8 @@ class TableOptimizer(torch.optim.Optimizer):
                 self._moments(s, scale, finite, corrections)
         self._apply([*slices, *own], finite)
 
-    def _slices(self, tensors: Sequence[_Bound]) -> list[_Slice]:
-        found: list[_Slice] = []
+    def _slices(self, tensors: Sequence[_Bound]) -> list[Slice]:
+        found: list[Slice] = []
         for bound in tensors:
             if bound.tensor.grad is None:
                 raise AssertionError("the engine sets gradients before the step")
@@ -170,10 +173,10 @@ class TableOptimizer(torch.optim.Optimizer):
                 most = _CPU_CHUNK if bound.tensor.device.type == "cpu" else span.size
                 for start in range(span.offset, span.offset + span.size, most):
                     part = slice(start, min(start + most, span.offset + span.size))
-                    found.append(_Slice(span.row, *(tensor[part] for tensor in flat)))
+                    found.append(Slice(span.row, *(tensor[part] for tensor in flat)))
         return found
 
-    def _moments(self, s: _Slice, scale: Tensor, finite: Tensor, corrections: tuple[Tensor, Tensor]) -> None:
+    def _moments(self, s: Slice, scale: Tensor, finite: Tensor, corrections: tuple[Tensor, Tensor]) -> None:
         """Advance both moments, then leave the Adam update (without learning rate) in the gradient's place."""
         beta1, beta2 = self.config.betas
         grad = s.grad * scale
@@ -184,11 +187,11 @@ class TableOptimizer(torch.optim.Optimizer):
         if decay := self.rows[s.row].weight_decay:
             s.grad.add_(s.weight, alpha=decay)
 
-    def _apply(self, slices: Sequence[_Slice], finite: Tensor) -> None:
+    def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
         """Subtract the updates that ``_moments`` left in the gradients."""
         raise NotImplementedError
 
-    def _subtract(self, s: _Slice, ratio: Tensor | float, finite: Tensor) -> None:
+    def _subtract(self, s: Slice, ratio: Tensor | float, finite: Tensor) -> None:
         row = self.rows[s.row]
         moved = s.weight - s.grad * (ratio * (row.lr * self.factor))
         if row.upper_bound != float("inf"):
@@ -201,7 +204,7 @@ def _put(target: Tensor, value: Tensor, finite: Tensor) -> None:
     target.copy_(value if target.device.type == "cpu" else torch.where(finite, value, target))
 
 
-def _squared_norm(slices: Sequence[_Slice], device: torch.device) -> Tensor:
+def _squared_norm(slices: Sequence[Slice], device: torch.device) -> Tensor:
     """Sum of squares of the gradients, fp64: each slice's fp32 norm is exact enough, thousands of them are not."""
     if not slices:
         return torch.zeros((), dtype=torch.float64, device=device)

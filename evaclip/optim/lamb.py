@@ -1,5 +1,8 @@
 """LAMB (arXiv:1904.00962, algorithm 2) over the parameter table."""
 
+# torch leaves parts of its interface untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evaclip.optim.base import TableOptimizer, _Slice
+from evaclip.optim.base import Slice, TableOptimizer
 
 
 class Lamb(TableOptimizer):
@@ -17,7 +20,7 @@ class Lamb(TableOptimizer):
     adapt take plain Adam steps. Spans of one row add up their squares; under ZeRO they would be added up over ranks.
     """
 
-    def _apply(self, slices: Sequence[_Slice], finite: Tensor) -> None:
+    def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
         squares = torch.zeros(2, len(self.rows), device=self.loss.device)
         for s in slices:
             if self.rows[s.row].adapts:

@@ -17,7 +17,6 @@ from conftest import tiny_config
 from evaclip.checkpoint import Entry, Progress, Reader, find_checkpoint, save
 from evaclip.data.order import choose_slots
 from evaclip.data.pipeline import Stream, make_plan
-from evaclip.data.readers import open_sources
 from evaclip.distributed import Ranks
 from evaclip.engine import create_engine
 from evaclip.errors import CheckpointError, EvaclipError, TrainingStoppedError
@@ -25,6 +24,7 @@ from evaclip.history import load_history
 from evaclip.loss import ContrastiveLoss, info_nce
 from evaclip.models.clip import create_model
 from evaclip.preemption import listening
+from evaclip.sources import open_sources
 from evaclip.train import train_on
 
 STEPS = 20

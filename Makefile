@@ -1,0 +1,42 @@
+# make demo | test | check | format: everything runs in the virtual environment .venv, which is made when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per process: torch's threads get into the way of the workers' and of each other on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check lint format clean
+
+$(BIN)/activate:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are older than setup.py when a dependency changed.
+$(VENV)/.demo: setup.py | $(BIN)/activate
+	$(BIN)/pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: setup.py | $(BIN)/activate
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python tools/make_demo_data.py data/demo
+	$(BIN)/evaclip train configs/demo.yaml
+	$(BIN)/python tools/report.py runs/demo --require digits.top1=0.97 --require scenes_unseen.top1=0.50
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+check: lint test
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

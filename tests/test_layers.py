@@ -1,0 +1,94 @@
+"""Imports point one way, and heavy or optional packages are imported in one module each."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "evaclip"
+LAYERS = [
+    {
+        "errors",
+        "config",
+        "config_file",
+        "data.order",
+        "optim.schedule",
+        "models.registry",
+        "metrics",
+        "history",
+        "logs",
+    },
+    {"models", "loss", "optim", "data", "meter"},
+    {"distributed", "engine", "checkpoint", "preemption", "progress", "tracking", "sources"},
+    {"api", "run", "train", "evaluation", "cli", "__main__"},
+]
+ONLY_IN = {
+    "deepspeed": {"engine.deepspeed_engine"},
+    "wandb": {"tracking"},
+    "webdataset": {"data.shards"},
+    "flash_attn": {"models.attention"},
+}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if name not in ("__init__",):
+            yield name, path
+
+
+def imports(path):
+    """Names imported at run time, wherever in the file; not those for type checking."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for statement in test.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(name):
+    for number, members in enumerate(LAYERS):
+        if name in members:
+            return number
+    parent = name.rpartition(".")[0]
+    assert parent, f"{name} stands in no layer: say in LAYERS where it belongs"
+    return layer(parent)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()))
+def test_imports_point_downwards(name, path):
+    known = {other for other, _ in modules()}
+    own = layer(name)
+    for imported in imports(path):
+        target = imported.removeprefix("evaclip.")
+        if imported.startswith("evaclip.") and target in known:
+            assert layer(target) <= own, f"{name} imports {target} from above"
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_package_is_imported_in_one_module(package):
+    users = {name for name, path in modules() if any(i.split(".")[0] == package for i in imports(path))}
+    if package == "flash_attn":  # optional: imported by name
+        users = {name for name, path in modules() if '_optional("flash_attn")' in path.read_text()}
+    assert users == ONLY_IN[package]
+
+
+def test_configuration_and_order_do_not_import_torch():
+    wanted = (
+        "evaclip.config_file, evaclip.data.order, evaclip.optim.schedule, evaclip.cli, evaclip.metrics, evaclip.history"
+    )
+    code = f"import sys, {wanted}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

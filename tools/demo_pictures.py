@@ -1,0 +1,322 @@
+"""The demo's pictures and captions: rendered scenes and handwritten digits.
+
+A scene is one shape with a colour, a size, a position and a background. About one combination in eight is never
+trained on, while every pair of attribute values is. Digits are scikit-learn's ``load_digits`` (real handwriting, 1,797
+images of 8 x 8), placed on canvases of many sizes; a fifth of the handwritten images is held out. All randomness comes
+from the generator that a function is given, or from a fixed name. Which sets are written, ``make_demo_data`` decides.
+"""
+
+# ruff: noqa: S311  random numbers for pictures, not for secrets
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from evaclip.errors import DataError
+
+HELD_OUT = 5  # one handwritten digit in this many
+UNSEEN = 8  # one combination in this many
+CAPTIONS_PER_IMAGE = 5
+JPEG_QUALITY = 92
+SUPERSAMPLING = 3
+
+Colour = tuple[int, int, int]
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """An image as the bytes of a JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def pair(image: Image.Image, caption: str, recaption: str) -> dict[str, bytes]:
+    """A training record in img2dataset's layout; the json offers a second caption."""
+    about = {"caption": caption, "recaption": recaption, "width": image.width, "height": image.height}
+    return {"jpg": jpeg(image), "txt": caption.encode(), "json": json.dumps(about).encode()}
+
+
+# ------------------------------------------------------------------------------------------------------------- scenes
+
+
+class Scene(NamedTuple):
+    """A combination of attribute values, each by the first of its words in ``WORDS``."""
+
+    size: str
+    colour: str
+    shape: str
+    position: str
+    background: str
+
+    @property
+    def class_name(self) -> str:
+        """The plain description, which begins with a consonant and fits behind "a"."""
+        return f"{self.size} {self.colour} {self.shape} {self.position} on a {self.background} background"
+
+
+WORDS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "size": (("small", "little", "tiny"), ("large", "big", "huge")),
+    "colour": (("red",), ("green",), ("blue",), ("yellow",), ("purple", "violet"), ("cyan", "turquoise")),
+    "shape": (("circle", "disc"), ("ring", "hoop"), ("triangle",), ("cross", "plus sign"), ("bar", "stripe")),
+    "position": (
+        ("in the middle", "in the centre", "at the center"),
+        ("on the left", "at the left edge", "on the left side"),
+        ("on the right", "at the right edge", "on the right side"),
+        ("at the top", "near the top", "in the upper part"),
+        ("at the bottom", "near the bottom", "in the lower part"),
+    ),
+    "background": (("black",), ("navy",), ("brown",)),
+}
+"""Attribute -> its values, each a tuple of synonyms; none begins with a vowel where it may follow "a"."""
+
+SYNONYMS = {name: {words[0]: words for words in values} for name, values in WORDS.items()}
+
+SCENE_CAPTIONS = (
+    "a {size} {colour} {shape} {position} on a {background} background",
+    "a picture of a {size} {colour} {shape} {position} on a {background} background",
+    "a drawing of a {colour} {shape}, {size}, {position}, on a {background} background",
+    "{position}, a {size} {colour} {shape}; the background is {background}",
+    "a {background} background with a {size} {colour} {shape} {position}",
+    "on a {background} background there is a {size} {shape} in {colour} {position}",
+    "the {colour} {shape} {position} is {size} and the background is {background}",
+    "{colour} {shape}, {size}, {position}, {background} background",
+    "a {size} {shape} {position}, {colour} on {background}",
+    "there is a {colour} {shape} {position}, it is {size}, the background is {background}",
+)
+SCENE_RECAPTIONS = (
+    "a {shape} {position}",
+    "there is a {shape} {position}",
+    "{position}, a {shape}",
+    "a {colour} {shape} {position}",
+    "a picture of a {size} {shape} {position}",
+    "a {shape} {position} on a {background} background",
+    "a drawing of a {size} {shape}",
+    "a {size} {colour} {shape}",
+    "a {background} picture with a {shape} {position}",
+    "the {shape} {position} is {colour}",
+)
+"""Captions that leave attributes out, as people do; what they do name has to be learned."""
+SCENE_TEMPLATES = ("a {c}", "a picture of a {c}", "there is a {c}")
+
+RADIUS = {"small": 0.165, "large": 0.275}
+CENTRE = {
+    "in the middle": (0.5, 0.5),
+    "on the left": (0.25, 0.5),
+    "on the right": (0.75, 0.5),
+    "at the top": (0.5, 0.25),
+    "at the bottom": (0.5, 0.75),
+}
+INK: Mapping[str, Colour] = {
+    "red": (215, 35, 35),
+    "green": (35, 155, 55),
+    "blue": (40, 70, 215),
+    "yellow": (238, 208, 40),
+    "purple": (150, 50, 175),
+    "cyan": (60, 205, 215),
+}
+GROUND: Mapping[str, Colour] = {"black": (22, 22, 22), "white": (235, 235, 235), "gray": (128, 128, 128)}
+
+
+def _corners(*points: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    """Radii and turns (in eighths of a circle, clockwise from the top) as points."""
+    return tuple((r * math.sin(t * math.pi / 4), -r * math.cos(t * math.pi / 4)) for r, t in points)
+
+
+_ARM, _WIDTH = 1.12, 0.37
+POLYGONS: Mapping[str, tuple[tuple[float, float], ...]] = {
+    "square": _corners(*((1.25, turn) for turn in (1, 3, 5, 7))),
+    "triangle": _corners(*((1.3, turn * 8 / 3) for turn in range(3))),
+    "star": _corners(*((0.54 if corner % 2 else 1.32, corner * 0.8) for corner in range(10))),
+    "cross": tuple(
+        (x * cos - y * sin, x * sin + y * cos)
+        for cos, sin in ((1, 0), (0, 1), (-1, 0), (0, -1))
+        for x, y in ((-_WIDTH, -_ARM), (_WIDTH, -_ARM), (_WIDTH, -_WIDTH))
+    ),
+}
+"""Outlines of about the area of the unit circle."""
+
+
+def all_scenes() -> list[Scene]:
+    """Every combination, in the order of the class names."""
+    return [Scene(*(words[0] for words in values)) for values in itertools.product(*WORDS.values())]
+
+
+def is_unseen(scene: Scene) -> bool:
+    """Whether a combination is kept out of training."""
+    return Random(f"combination {scene.class_name}").randrange(UNSEEN) == 0
+
+
+def scene_caption(scene: Scene, rng: Random, template: str) -> str:
+    """A caption that names all five attributes, in the template's order and in random synonyms."""
+    chosen = {name: rng.choice(SYNONYMS[name][value]) for name, value in scene._asdict().items()}
+    return template.format(**chosen)
+
+
+def render_scene(scene: Scene, rng: Random) -> Image.Image:
+    """Draw a scene with jittered place, size, turn, colours and canvas, 48 to 80 pixels a side."""
+    side = rng.randint(48, 80)
+    width, height = side, max(48, min(80, round(side * rng.uniform(0.92, 1.08))))
+    radius = RADIUS[scene.size] * rng.uniform(0.9, 1.1) * min(width, height) * SUPERSAMPLING
+    x, y = CENTRE[scene.position]
+    x = (x + rng.uniform(-0.03, 0.03)) * width * SUPERSAMPLING
+    y = (y + rng.uniform(-0.03, 0.03)) * height * SUPERSAMPLING
+    mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    draw = ImageDraw.Draw(mask)
+    if scene.shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    else:
+        turn = math.radians(rng.uniform(-10, 10))
+        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
+        draw.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in POLYGONS[scene.shape]], fill=255)
+    corners = Image.new("RGB", (2, 2))
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):  # a soft gradient between four shades of the background
+        corners.putpixel(place, jitter(GROUND[scene.background], 20, rng))
+    image = corners.resize((width, height), Image.Resampling.BILINEAR)
+    image.paste(jitter(INK[scene.colour], 25, rng), (0, 0), mask.reduce(SUPERSAMPLING))
+    return image
+
+
+def jitter(colour: Colour, amount: int, rng: Random) -> Colour:
+    """A colour with each channel moved by at most ``amount``."""
+    red, green, blue = (min(255, max(0, channel + rng.randint(-amount, amount))) for channel in colour)
+    return red, green, blue
+
+
+def training_scenes(count: int) -> Iterator[dict[str, bytes]]:
+    """Training records, the seen combinations in turn."""
+    seen = [scene for scene in all_scenes() if not is_unseen(scene)]
+    Random("order of the combinations").shuffle(seen)
+    for number in range(count):
+        yield scene_pair(seen[number % len(seen)], Random(f"training scene {number}"))
+
+
+def scene_pair(scene: Scene, rng: Random) -> dict[str, bytes]:
+    """A record whose first caption names everything and whose second leaves attributes out."""
+    first, second = (scene_caption(scene, rng, rng.choice(texts)) for texts in (SCENE_CAPTIONS, SCENE_RECAPTIONS))
+    return pair(render_scene(scene, rng), first, second)
+
+
+def unseen_scenes(per_combination: int) -> Iterator[dict[str, bytes]]:
+    """Test images of the combinations that training never shows, labelled among all."""
+    for label, scene in enumerate(all_scenes()):
+        for number in range(per_combination if is_unseen(scene) else 0):
+            image = render_scene(scene, Random(f"unseen scene {label} {number}"))
+            yield {"jpg": jpeg(image), "cls": str(label).encode()}
+
+
+def retrieval_scenes(count: int) -> Iterator[dict[str, bytes]]:
+    """New images of distinct combinations, seen and unseen alike, with several captions each, one a line."""
+    for number, scene in enumerate(Random("retrieval").sample(all_scenes(), count)):
+        rng = Random(f"retrieval scene {number}")
+        templates = rng.sample(SCENE_CAPTIONS, CAPTIONS_PER_IMAGE)
+        captions = "\n".join(scene_caption(scene, rng, template) for template in templates)
+        yield {"jpg": jpeg(render_scene(scene, rng)), "txt": captions.encode()}
+
+
+# ------------------------------------------------------------------------------------------------------------- digits
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_CAPTIONS = (
+    "a photo of the digit {c}",
+    "a handwritten {c}",
+    "handwritten {c}",
+    "the number {c} written by hand",
+    "the digit {c} on a piece of paper",
+    "somebody wrote the number {c}",
+    "a scan of the handwritten digit {c}",
+    "this is the digit {c}",
+    "a blurry photo of the number {c}",
+    "the figure {c}, written with a pen",
+    "the number {c} from a form",
+    "{c}",
+)
+DIGIT_TEMPLATES = ("a photo of the digit {c}", "the number {c} written by hand", "this is the digit {c}")
+
+
+class Handwriting(NamedTuple):
+    """A handwritten digit: ink as an 8-bit grey image, and which digit it is."""
+
+    ink: Image.Image
+    label: int
+
+
+def load_handwriting() -> tuple[list[Handwriting], list[Handwriting]]:
+    """The digits of scikit-learn as (training, held out), a fifth of each class held out.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits  # noqa: PLC0415  an optional dependency
+    except ModuleNotFoundError as error:
+        raise DataError("the digits come with scikit-learn, which is missing; pip install scikit-learn") from error
+    bunch: Any = load_digits()
+    training: list[Handwriting] = []
+    held_out: list[Handwriting] = []
+    for label in range(len(DIGITS)):
+        members = np.flatnonzero(bunch.target == label).tolist()
+        Random(f"split of digit {label}").shuffle(members)
+        for rank, member in enumerate(members):
+            ink = Image.fromarray(np.round(bunch.images[member] * (255 / 16)).astype(np.uint8))
+            (training if rank % HELD_OUT else held_out).append(Handwriting(ink, label))
+    Random("order of the digits").shuffle(training)
+    Random("order of the held-out digits").shuffle(held_out)
+    return training, held_out
+
+
+def render_digit(digit: Handwriting, rng: Random) -> Image.Image:
+    """Place a digit on a canvas of 32 to 96 pixels a side, dark on light or light on dark, tinted and tilted."""
+    side = rng.randint(32, 96)
+    width, height = side, max(32, min(96, round(side * rng.uniform(0.92, 1.08))))
+    scale = rng.uniform(0.78, 0.98) * min(width, height)
+    size = (round(scale * rng.uniform(0.88, 1)), round(scale * rng.uniform(0.92, 1)))
+    mask = digit.ink.resize(size, Image.Resampling.BICUBIC)
+    mask = mask.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
+    dark = jitter((45, 45, 45), 40, rng)
+    light = jitter((205, 205, 205), 45, rng)
+    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
+    image = Image.new("RGB", (width, height), paper)
+    place = (rng.randint(0, width - size[0]), rng.randint(0, height - size[1]))
+    image.paste(ink, place, mask)
+    return image
+
+
+def digit_pair(digit: Handwriting, rng: Random) -> dict[str, bytes]:
+    """A record with two differently built captions, the digit as a word or as a numeral."""
+    names = (DIGITS[digit.label], str(digit.label))
+    first, second = (template.format(c=rng.choice(names)) for template in rng.sample(DIGIT_CAPTIONS, 2))
+    return pair(render_digit(digit, rng), first, second)
+
+
+def training_digits(digits: Sequence[Handwriting], renderings: int) -> Iterator[dict[str, bytes]]:
+    """Training records: all digits once, then all again in another rendering."""
+    for rendering, (number, digit) in itertools.product(range(renderings), enumerate(digits)):
+        yield digit_pair(digit, Random(f"training digit {number} {rendering}"))
+
+
+def test_digits(digits: Sequence[Handwriting]) -> Iterator[dict[str, bytes]]:
+    """One labelled rendering of each held-out digit."""
+    for number, digit in enumerate(digits):
+        image = render_digit(digit, Random(f"test digit {number}"))
+        yield {"jpg": jpeg(image), "cls": str(digit.label).encode()}
+
+
+def validation_pairs(digits: Sequence[Handwriting], count: int) -> Iterator[dict[str, bytes]]:
+    """Held-out pairs of the kinds that are trained on: new scenes of seen combinations, and held-out digits."""
+    seen = [scene for scene in all_scenes() if not is_unseen(scene)]
+    Random("validation").shuffle(seen)
+    for number in range(count):
+        rng = Random(f"validation pair {number}")
+        if number % 4 == 0:
+            yield digit_pair(digits[number // 4 % len(digits)], rng)
+        else:
+            yield scene_pair(seen[number % len(seen)], rng)
