@@ -107,7 +107,8 @@ SCENE_RECAPTIONS = (
 """Captions that leave attributes out, as people do; what they do name has to be learned."""
 SCENE_TEMPLATES = ("a {c}", "a picture of a {c}", "there is a {c}")
 
-RADIUS = {"small": 0.165, "large": 0.275}
+RADIUS = {"small": 0.19, "large": 0.32}
+"""Of the shapes, as a share of the shorter side of the canvas."""
 CENTRE = {
     "in the middle": (0.5, 0.5),
     "on the left": (0.25, 0.5),
@@ -116,33 +117,27 @@ CENTRE = {
     "at the bottom": (0.5, 0.75),
 }
 INK: Mapping[str, Colour] = {
-    "red": (215, 35, 35),
-    "green": (35, 155, 55),
-    "blue": (40, 70, 215),
-    "yellow": (238, 208, 40),
-    "purple": (150, 50, 175),
-    "cyan": (60, 205, 215),
+    "red": (240, 60, 60),
+    "green": (60, 215, 80),
+    "blue": (90, 130, 255),
+    "yellow": (250, 230, 60),
+    "purple": (215, 90, 240),
+    "cyan": (80, 235, 245),
 }
-GROUND: Mapping[str, Colour] = {"black": (22, 22, 22), "white": (235, 235, 235), "gray": (128, 128, 128)}
+GROUND: Mapping[str, Colour] = {"black": (12, 12, 12), "navy": (18, 18, 75), "brown": (78, 36, 18)}
 
-
-def _corners(*points: tuple[float, float]) -> tuple[tuple[float, float], ...]:
-    """Radii and turns (in eighths of a circle, clockwise from the top) as points."""
-    return tuple((r * math.sin(t * math.pi / 4), -r * math.cos(t * math.pi / 4)) for r, t in points)
-
-
-_ARM, _WIDTH = 1.12, 0.37
-POLYGONS: Mapping[str, tuple[tuple[float, float], ...]] = {
-    "square": _corners(*((1.25, turn) for turn in (1, 3, 5, 7))),
-    "triangle": _corners(*((1.3, turn * 8 / 3) for turn in range(3))),
-    "star": _corners(*((0.54 if corner % 2 else 1.32, corner * 0.8) for corner in range(10))),
+_ARM, _HALF = 1.2, 0.28  # length and half the width of a cross's arm, in radii
+OUTLINES: Mapping[str, tuple[tuple[float, float], ...]] = {
+    "triangle": ((0, -1.2), (1.25, 1), (-1.25, 1)),
     "cross": tuple(
         (x * cos - y * sin, x * sin + y * cos)
         for cos, sin in ((1, 0), (0, 1), (-1, 0), (0, -1))
-        for x, y in ((-_WIDTH, -_ARM), (_WIDTH, -_ARM), (_WIDTH, -_WIDTH))
+        for x, y in ((-_HALF, -_ARM), (_HALF, -_ARM), (_HALF, -_HALF))
     ),
+    "bar": ((-1.3, -0.38), (1.3, -0.38), (1.3, 0.38), (-1.3, 0.38)),
 }
-"""Outlines of about the area of the unit circle."""
+"""Corners in radii from the centre, y pointing down."""
+HOLE = 0.6  # inner radius of a ring
 
 
 def all_scenes() -> list[Scene]:
@@ -165,24 +160,34 @@ def render_scene(scene: Scene, rng: Random) -> Image.Image:
     """Draw a scene with jittered place, size, turn, colours and canvas, 48 to 80 pixels a side."""
     side = rng.randint(48, 80)
     width, height = side, max(48, min(80, round(side * rng.uniform(0.92, 1.08))))
-    radius = RADIUS[scene.size] * rng.uniform(0.9, 1.1) * min(width, height) * SUPERSAMPLING
+    radius = RADIUS[scene.size] * rng.uniform(0.9, 1.1) * min(width, height)
     x, y = CENTRE[scene.position]
-    x = (x + rng.uniform(-0.03, 0.03)) * width * SUPERSAMPLING
-    y = (y + rng.uniform(-0.03, 0.03)) * height * SUPERSAMPLING
-    mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
-    draw = ImageDraw.Draw(mask)
-    if scene.shape == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-    else:
-        turn = math.radians(rng.uniform(-10, 10))
-        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-        draw.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in POLYGONS[scene.shape]], fill=255)
+    place = ((x + rng.uniform(-0.03, 0.03)) * width, (y + rng.uniform(-0.03, 0.03)) * height)
+    mask = draw_shape(scene.shape, (width, height), place, radius, math.radians(rng.uniform(-5, 5)))
     corners = Image.new("RGB", (2, 2))
-    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):  # a soft gradient between four shades of the background
-        corners.putpixel(place, jitter(GROUND[scene.background], 20, rng))
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):  # a soft gradient between four shades of the background
+        corners.putpixel(corner, jitter(GROUND[scene.background], 12, rng))
     image = corners.resize((width, height), Image.Resampling.BILINEAR)
-    image.paste(jitter(INK[scene.colour], 25, rng), (0, 0), mask.reduce(SUPERSAMPLING))
+    image.paste(jitter(INK[scene.colour], 20, rng), (0, 0), mask)
     return image
+
+
+def draw_shape(
+    shape: str, size: tuple[int, int], place: tuple[float, float], radius: float, turn: float
+) -> Image.Image:
+    """A shape as an antialiased 8-bit mask; ``turn`` in radians."""
+    x, y, r = (SUPERSAMPLING * value for value in (*place, radius))
+    mask = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))
+    draw = ImageDraw.Draw(mask)
+    if shape in OUTLINES:
+        cos, sin = r * math.cos(turn), r * math.sin(turn)
+        draw.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in OUTLINES[shape]], fill=255)
+    else:
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        if shape == "ring":
+            r *= HOLE
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=0)
+    return mask.reduce(SUPERSAMPLING)
 
 
 def jitter(colour: Colour, amount: int, rng: Random) -> Colour:
@@ -274,19 +279,16 @@ def load_handwriting() -> tuple[list[Handwriting], list[Handwriting]]:
 
 
 def render_digit(digit: Handwriting, rng: Random) -> Image.Image:
-    """Place a digit on a canvas of 32 to 96 pixels a side, dark on light or light on dark, tinted and tilted."""
+    """Place a digit on a canvas of 32 to 96 pixels a side, light on dark, tinted, tilted and of varying contrast."""
     side = rng.randint(32, 96)
     width, height = side, max(32, min(96, round(side * rng.uniform(0.92, 1.08))))
-    scale = rng.uniform(0.78, 0.98) * min(width, height)
-    size = (round(scale * rng.uniform(0.88, 1)), round(scale * rng.uniform(0.92, 1)))
+    scale = rng.uniform(0.86, 1) * min(width, height)
+    size = (round(scale * rng.uniform(0.92, 1)), round(scale * rng.uniform(0.94, 1)))
     mask = digit.ink.resize(size, Image.Resampling.BICUBIC)
-    mask = mask.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
-    dark = jitter((45, 45, 45), 40, rng)
-    light = jitter((205, 205, 205), 45, rng)
-    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
-    image = Image.new("RGB", (width, height), paper)
+    mask = mask.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR)
+    image = Image.new("RGB", (width, height), jitter((35, 35, 35), 30, rng))
     place = (rng.randint(0, width - size[0]), rng.randint(0, height - size[1]))
-    image.paste(ink, place, mask)
+    image.paste(jitter((210, 210, 210), 45, rng), place, mask)
     return image
 
 

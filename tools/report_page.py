@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -64,8 +65,10 @@ def curves(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> str:
         "axes.spines.right": False,
     }
     with mpl.rc_context(look):  # the salt makes equal runs give equal files
-        figure = Figure(figsize=(11, 6), layout="constrained")
-        for axes, (heading, names) in zip(figure.subplots(2, 3).flat, panels(evaluation).items(), strict=True):
+        shown = {heading: names for heading, names in panels(evaluation).items() if names}
+        figure = Figure(figsize=(11, 3 * math.ceil(len(shown) / 3)), layout="constrained")
+        for place, (heading, names) in enumerate(shown.items(), 1):
+            axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, place)
             axes.set_title(heading, loc="left")
             axes.set_xlabel("training samples")
             for colour, (name, label) in zip(cycle(COLOURS), names.items(), strict=False):
@@ -76,8 +79,7 @@ def curves(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> str:
                 if metric == "top1":
                     axes.axhline(evaluation[dataset]["metrics"][metric]["chance"], color=colour, linestyle=":")
             axes.set_ylim(bottom=0)
-            if names:
-                axes.legend(frameon=False)
+            axes.legend(frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()[file.getvalue().index("<svg") :]

@@ -109,7 +109,9 @@ def _settings(zero_stage: int, *, sixteen_bit: bool, micro_batch: int) -> dict[s
     }
     if sixteen_bit:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": zero_stage == 3}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+        if zero_stage > 1:  # stage 1 keeps its gradients in 16 bits between backward and reduction
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 

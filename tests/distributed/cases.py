@@ -28,6 +28,7 @@ from evaclip.sources import open_sources
 from evaclip.train import train_on
 
 STEPS = 20
+SHORT = {"train__steps": 6, "checkpoint__every_steps": 6}
 ENGINES = {
     "torch": {"engine__name": "torch"},
     **{f"zero{n}": {"engine__name": "deepspeed", "engine__zero_stage": n} for n in (1, 2, 3)},
@@ -211,16 +212,16 @@ def all_cases(shards: str, damaged: str) -> dict[str, Any]:
     }
     for engine in ("zero1", "zero2", "zero3"):
         cases[f"losses_{engine}_bf16_weights"] = partial(
-            losses, source=source, options={**ENGINES[engine], "train__precision": "bf16_weights"}
+            losses, source=source, options={**ENGINES[engine], **SHORT, "train__precision": "bf16_weights"}
         )
     cases["losses_zero2_bf16"] = partial(
         losses, source=source, options={**ENGINES["zero2"], "train__precision": "bf16"}
     )
-    cases["losses_torch_lamb"] = partial(losses, source=source, options={"optim__name": "lamb"})
+    cases["losses_torch_short"] = partial(losses, source=source, options=SHORT)
+    cases["losses_torch_lamb"] = partial(losses, source=source, options={**SHORT, "optim__name": "lamb"})
     for engine, options in ENGINES.items():
         long = {"train__steps": STEPS, "checkpoint__every_steps": STEPS // 2, "data__workers": 2}
-        short = {"train__steps": 6, "checkpoint__every_steps": 3}
-        chosen = {**options, **(long if engine == "torch" else short)}
+        chosen = {**options, **(long if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
         cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
         cases[f"bad_step_{engine}"] = partial(bad_step, options=options)
     for workers in (0, 3):

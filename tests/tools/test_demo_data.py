@@ -11,6 +11,7 @@ from random import Random
 
 import demo_pictures as pictures
 import make_demo_data
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -94,29 +95,40 @@ def test_a_fifth_of_each_handwritten_digit_is_held_out_of_all_training_rendering
 # ------------------------------------------------------------------------------------------------ pictures, captions
 
 
+def foreground(drawn):
+    """Places (x, y) from 0 to 1, and colours, of the pixels that are no background: those are dark."""
+    pixels = np.asarray(drawn)
+    rows, columns = np.nonzero(pixels.max(-1) > 150)
+    return np.stack([columns / drawn.width, rows / drawn.height], 1), pixels[rows, columns]
+
+
 @pytest.mark.parametrize("scene", Random(0).sample(pictures.all_scenes(), 40), ids=lambda scene: scene.class_name)
-def test_scene_has_its_colour_at_its_position_and_its_background_in_the_corners(scene):
-    def nearest(pixel, colours):
-        return min(colours, key=lambda name: sum((a - b) ** 2 for a, b in zip(pixel, colours[name], strict=True)))
+def test_scene_shows_its_colour_at_its_position_on_its_background(scene):
+    def nearest(value, among):
+        return min(among, key=lambda name: np.linalg.norm(np.asarray(among[name]) - value))
 
     drawn = pictures.render_scene(scene, Random("test"))
-    x, y = pictures.CENTRE[scene.position]
-    assert nearest(drawn.getpixel((int(x * drawn.width), int(y * drawn.height))), pictures.INK) == scene.colour
+    places, colours = foreground(drawn)
+    assert nearest(places.mean(0), pictures.CENTRE) == scene.position
+    assert nearest(np.median(colours, 0), pictures.INK) == scene.colour
     for corner in ((1, 1), (drawn.width - 2, drawn.height - 2)):
         assert nearest(drawn.getpixel(corner), pictures.GROUND) == scene.background
 
 
 def test_large_shapes_cover_more_than_twice_as_many_pixels_as_small_ones():
-    def covered(scene):
-        drawn = pictures.render_scene(scene, Random("test")).convert("RGB")
-        ground = pictures.GROUND[scene.background]
-        pixels = [drawn.getpixel((x, y)) for x in range(drawn.width) for y in range(drawn.height)]
-        far = [max(abs(a - b) for a, b in zip(pixel, ground, strict=True)) > 50 for pixel in pixels]
-        return sum(far) / len(far)
-
     for shape in pictures.SYNONYMS["shape"]:
-        small, large = (pictures.Scene(size, "red", shape, "in the middle", "black") for size in ("small", "large"))
-        assert covered(large) > 2 * covered(small) > 0.05
+        scenes = [pictures.Scene(size, "red", shape, "in the middle", "black") for size in ("small", "large")]
+        drawn = [pictures.render_scene(scene, Random("test")) for scene in scenes]
+        small, large = (len(foreground(image)[0]) / (image.width * image.height) for image in drawn)
+        assert large > 2 * small > 0.05
+
+
+def test_every_shape_has_an_outline_of_its_own():
+    masks = [
+        np.asarray(pictures.draw_shape(shape, (60, 60), (30, 30), 20, 0)) > 127 for shape in pictures.SYNONYMS["shape"]
+    ]
+    for first, second in itertools.combinations(masks, 2):
+        assert (first & second).sum() / (first | second).sum() < 0.7
 
 
 @pytest.mark.parametrize("template", pictures.SCENE_CAPTIONS)

@@ -1,17 +1,22 @@
 """tools/report.py on made-up results: the numbers, the verdicts, and what stands on the page."""
 
+import base64
 import io
 import itertools
 import json
-import math
+import sys
+from dataclasses import fields
 
 import pytest
 import report
 import report_page
+import torch
 from PIL import Image
 
-from evaclip import config_file
+import evaclip
+from evaclip import checkpoint, config_file
 from evaclip.data.shards import write_shards
+from evaclip.distributed import Ranks
 from evaclip.errors import DataError
 
 METRICS = {
@@ -27,9 +32,7 @@ METRICS = {
     "validation": {"loss": 2.5},
 }
 TASKS = {"digits": "zero_shot", "pictures": "retrieval", "validation": "loss"}
-EVALUATION = {
-    name: {"task": TASKS[name], "metrics": metrics, "num_records": 4} for name, metrics in METRICS.items()
-}
+EVALUATION = {name: {"task": TASKS[name], "metrics": metrics, "num_records": 4} for name, metrics in METRICS.items()}
 DIGITS = {"class_names": ["nought", "<one>"], "labels": [0, 0, 1, 1], "predictions": [0, 1, 1, 1]}
 ROWS = [
     {"step": 0, "samples": 0, "eval/digits/top1": 0.5, "eval/validation/loss": 4.0},
@@ -172,7 +175,126 @@ def test_curves_are_one_svg_the_same_every_time_with_a_panel_per_kind_of_metric(
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-class FakeClip:
-    """Stands for a trained model: an image's feature is its mean colour, a caption's is the colour it names."""
+def jpeg(shade):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 16), (60 * shade, 0, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
-    COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+
+def write_set(folder, name, extras):
+    """A set of four images in CLIP_benchmark's layout."""
+    records = [(f"s{number}", {"jpg": jpeg(number), **extra}) for number, extra in enumerate(extras)]
+    (tar,) = write_shards(folder / name / "test", records, 4)
+    tar.rename(tar.with_name("0.tar"))
+    (folder / name / "test/nshards.txt").write_text("1\n")
+    return str(folder / name)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run that was never trained: made-up results, real images, and a checkpoint of random weights."""
+    digits = write_set(tmp_path, "digits", [{"cls": str(label).encode()} for label in DIGITS["labels"]])
+    texts = [{"txt": "\n".join(captions).encode()} for captions in CAPTIONS["pictures"]]
+    pictures = write_set(tmp_path, "pictures", texts)
+    tower = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
+    config = config_file.validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"embed_dim": 8, "image": {**tower, "image_size": 8, "patch_size": 4}, "text": tower},
+            "data": {"sources": {"noise": {"kind": "synthetic"}}},
+            "train": {"steps": 2, "global_batch": 100},
+            "eval": {
+                "datasets": {
+                    "digits": {"path": digits},
+                    "pictures": {"task": "retrieval", "path": pictures},
+                    "validation": {"task": "loss", "path": str(tmp_path / "any.tar")},
+                }
+            },
+        },
+        "test",
+    )
+    folder = tmp_path / "run"
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config_file.dump(config))
+    rows = [*ROWS[:2], ROWS[2] | ROWS[3]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "predictions/digits.json").write_text(json.dumps(DIGITS))
+    weights = dict(evaclip.create_model(config.model).model.named_parameters()) | {"logit_scale": torch.ones(1)}
+    nothing = {field.name: {} for field in fields(checkpoint.Progress)}
+    shapes = {name: list(value.shape) for name, value in weights.items()}
+    progress = checkpoint.Progress(**{**nothing, "step": 2, "shapes": shapes})
+    entries = [checkpoint.Entry("weight", name, 0, value.detach().flatten()) for name, value in weights.items()]
+    checkpoint.save(folder / "checkpoints", config, progress, entries, Ranks())
+    return folder
+
+
+def test_report_is_written_and_names_images_captions_and_commands(run_dir, capsys):
+    assert report.main([str(run_dir), "--require", "digits.top1=0.75"]) == 0
+    text = (run_dir / "report.html").read_text()
+    images = [base64.b64encode(jpeg(shade)).decode() for shade in range(4)]
+    assert all(text.count(image) == 2 for image in images)  # once as a digit, once as a picture
+    assert "3 of 4 right" in text
+    assert sum(f": {caption}<" in text for image in CAPTIONS["pictures"] for caption in image) >= 1
+    for command in (
+        f"evaclip train {run_dir}/config.yaml run_dir={run_dir}-again",
+        f"evaclip train {run_dir}/config.yaml<",
+        f"evaclip evaluate {run_dir}",
+    ):
+        assert command in text
+    out = capsys.readouterr().out
+    assert "passed: digits.top1 0.75 >= 0.75" in out
+    assert "pictures.text_to_image_recall@1: 0.25  (chance 0.2500)" in out
+
+
+def test_report_json_holds_every_number_and_repeats(run_dir):
+    assert report.main([str(run_dir), "--require", "digits.top1=0.75"]) == 0
+    first = [(run_dir / name).read_bytes() for name in ("report.json", "report.html")]
+    found = json.loads(first[0])
+    assert found["passed"] is True
+    assert found["requirements"] == [{"name": "digits.top1", "required": 0.75, "value": 0.75, "passed": True}]
+    assert found["evaluation"]["pictures"]["captions"] == 8
+    assert found["confusion"] == {"digits": [[1, 1], [0, 2]]}
+    assert (found["steps"], found["samples"]) == (2, 200)
+    assert report.main([str(run_dir), "--require", "digits.top1=0.75"]) == 0
+    assert [(run_dir / name).read_bytes() for name in ("report.json", "report.html")] == first
+
+
+def test_missed_requirement_writes_the_report_and_exits_with_1(run_dir, capsys):
+    assert report.main([str(run_dir), "--require", "digits.top1=0.97"]) == 1
+    assert "NOT PASSED: digits.top1 0.75 < 0.97" in capsys.readouterr().out
+    assert json.loads((run_dir / "report.json").read_text())["passed"] is False
+    assert "not passed: digits.top1" in (run_dir / "report.html").read_text()
+
+
+def test_retrieved_caption_is_the_nearest_of_all(run_dir):
+    config = config_file.load(run_dir / "config.yaml")
+    clip = evaclip.load(run_dir)
+    samples = report.retrieved_samples(config.eval.datasets["pictures"], CAPTIONS["pictures"], config, clip)
+    texts = [caption for image in CAPTIONS["pictures"] for caption in image]
+    for number, sample in enumerate(samples):
+        pixels = clip.preprocess(Image.open(io.BytesIO(jpeg(number))))[None]
+        with torch.no_grad():
+            image = clip.encode_image(pixels, normalize=True)
+            scores = [(image @ clip.encode_text(clip.tokenize(text), normalize=True).T).item() for text in texts]
+        assert sample.predicted == texts[max(range(len(texts)), key=scores.__getitem__)]
+        assert sample.right == (sample.predicted in CAPTIONS["pictures"][number])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json", "config.yaml"])
+def test_run_that_lacks_a_file_is_refused(run_dir, capsys, name):
+    (run_dir / name).unlink()
+    assert report.main([str(run_dir)]) == 1
+    assert f"error: {run_dir / name} does not exist; give the directory of a run" in capsys.readouterr().err
+
+
+def test_results_of_a_set_that_the_run_does_not_know_are_refused(run_dir, capsys):
+    (run_dir / "evaluation.json").write_text(json.dumps({"other": EVALUATION["digits"]}))
+    assert report.main([str(run_dir)]) == 1
+    assert "error: evaluation.json has 'other', config.yaml has not; run evaclip evaluate" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_named_with_its_remedy(run_dir, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.main([str(run_dir)]) == 1
+    assert "error: the curves need matplotlib, which is missing; pip install 'evaclip[demo]'" in capsys.readouterr().err
