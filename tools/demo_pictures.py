@@ -68,11 +68,11 @@ WORDS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "colour": (("red",), ("green",), ("blue",), ("yellow",), ("purple", "violet"), ("cyan", "turquoise")),
     "shape": (("circle", "disc"), ("ring", "hoop"), ("triangle",), ("cross", "plus sign"), ("bar", "stripe")),
     "position": (
-        ("in the middle", "in the centre", "at the center"),
-        ("on the left", "at the left edge", "on the left side"),
-        ("on the right", "at the right edge", "on the right side"),
-        ("at the top", "near the top", "in the upper part"),
-        ("at the bottom", "near the bottom", "in the lower part"),
+        ("in the middle", "in the very middle"),
+        ("on the left", "at the left edge"),
+        ("on the right", "at the right edge"),
+        ("at the top", "near the top"),
+        ("at the bottom", "near the bottom"),
     ),
     "background": (("black",), ("navy",), ("brown",)),
 }
@@ -95,16 +95,16 @@ SCENE_CAPTIONS = (
 SCENE_RECAPTIONS = (
     "a {shape} {position}",
     "there is a {shape} {position}",
-    "{position}, a {shape}",
-    "a {colour} {shape} {position}",
-    "a picture of a {size} {shape} {position}",
-    "a {shape} {position} on a {background} background",
-    "a drawing of a {size} {shape}",
+    "something {colour} {position}",
+    "a {size} {colour} thing {position}",
+    "a picture of something {size} {position}",
+    "{position}, something {colour} on a {background} background",
+    "a {colour} {shape}",
     "a {size} {colour} {shape}",
+    "a drawing of a {colour} {shape} on a {background} background",
     "a {background} picture with a {shape} {position}",
-    "the {shape} {position} is {colour}",
 )
-"""Captions that leave attributes out, as people do; what they do name has to be learned."""
+"""Captions that leave attributes out, as people do: what they do name then has to be learned."""
 SCENE_TEMPLATES = ("a {c}", "a picture of a {c}", "there is a {c}")
 
 RADIUS = {"small": 0.19, "large": 0.32}

@@ -1,0 +1,55 @@
+"""What all sections of the configuration stand on: their base class and the types of their values."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Colour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+def _expand(value: object) -> object:
+    """Expand ``~`` and ``${NAME}``; a name that is not set is an error."""
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return os.path.expanduser(re.sub(r"\$\{(\w+)\}", replace, value))  # noqa: PTH111  a pattern, not only a path
+
+
+def _local(value: str) -> str:
+    if value.startswith("pipe:") or "://" in value:
+        raise ValueError("only local paths are read; copy or mount the shards first")
+    return value
+
+
+FilePath = Annotated[str, BeforeValidator(_expand)]
+ShardPattern = Annotated[str, BeforeValidator(_expand), AfterValidator(_local)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, closed to unknown keys, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def tagged(field: str, default: str) -> BeforeValidator:
+    """Give a section of several kinds its default kind when the tag is left out."""
+
+    def fill(value: object) -> object:
+        if not isinstance(value, Mapping) or field in value:
+            return cast("object", value)
+        return {field: default, **cast("Mapping[str, object]", value)}
+
+    return BeforeValidator(fill)

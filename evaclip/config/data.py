@@ -1,0 +1,141 @@
+"""Options of what is read: training sources and evaluation sets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from evaclip.config.base import FilePath, Fraction, Name, Probability, Section, ShardPattern, tagged
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+"""Members that hold a record's image, in order of preference."""
+
+
+class ShardSource(Section):
+    """Image-text pairs in WebDataset tars (img2dataset's layout: key.jpg, key.txt, key.json)."""
+
+    kind: Literal["shards"] = "shards"
+    """shards (read from tars) or synthetic."""
+    shards: ShardPattern | tuple[ShardPattern, ...]
+    """Local tars: a path or a list, with brace ranges such as ``/data/{00000..00099}.tar``."""
+    weight: PositiveFloat = 1.0
+    """Expected share of the samples, relative to the other sources' weights."""
+    captions: dict[Name, PositiveFloat] = Field(default={"txt": 1.0}, min_length=1)
+    """Member or json field -> probability: ``{txt: 0.5, json.recaption: 0.5}``; if empty, the first that is not."""
+
+
+class SyntheticSource(Section):
+    """Noise images and random captions, for benchmarks and debugging; reads nothing."""
+
+    kind: Literal["synthetic"]
+    """shards (read from tars) or synthetic."""
+    num_records: PositiveInt = 100_000
+    """Distinct records."""
+    weight: PositiveFloat = 1.0
+    """Expected share of the samples, relative to the other sources' weights."""
+
+
+Source = Annotated[ShardSource | SyntheticSource, Field(discriminator="kind"), tagged("kind", "shards")]
+
+
+class AugmentConfig(Section):
+    """How a training image is cut out of its picture."""
+
+    crop_scale: tuple[PositiveFloat, Annotated[float, Field(gt=0, le=1)]] = (0.9, 1.0)
+    """Smallest and largest share of the picture's area that a crop covers."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Narrowest and widest crop, width over height, before it is resized to the square."""
+    flip: Probability = 0.0
+    """Probability of a mirrored image; captions that speak of left and right suffer."""
+    decode_margin: NonNegativeFloat = 2.0
+    """JPEGs are decoded at 1/8, 1/4 or 1/2 where a crop still has this many pixels per output pixel; 0: in full."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} [{low}, {high}] must ascend")
+        return self
+
+
+class DataConfig(Section):
+    """What is read, and in which order."""
+
+    sources: dict[Name, Source] = Field(min_length=1)
+    """Name -> source; the names appear in metrics and are part of the data order."""
+    augment: AugmentConfig = AugmentConfig()
+    workers: NonNegativeInt = 4
+    """Decoding processes per rank; 0 decodes in the training process. Has no influence on the batches."""
+    slots: PositiveInt | None = None
+    """Independent streams that fill a batch; null takes the smallest divisor of the global batch from 256 up."""
+    block_records: PositiveInt = 64
+    """Most consecutive records of a shard that stay together when a pass is shuffled."""
+    window_blocks: PositiveInt = 16
+    """Blocks among which a slot shuffles records."""
+    max_image_pixels: PositiveInt = 100_000_000
+    """Larger images are counted as bad, before they are decoded."""
+    max_bad_fraction: Fraction = 0.05
+    """The run stops when a larger share of the records is unusable."""
+    index_dir: FilePath | None = None
+    """Where shard indexes are kept; null: beside each shard."""
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvalDataset(Section):
+    """A labelled or captioned set on disk."""
+
+    path: ShardPattern
+    """A folder in CLIP_benchmark's WebDataset layout, or shards as in ``data.sources``."""
+    split: str = "test"
+    """Folder of the split, for CLIP_benchmark's layout."""
+    limit: PositiveInt | None = None
+    """Only the first records; null: all."""
+
+
+class ZeroShotDataset(EvalDataset):
+    """Classification by the nearest caption; each record holds an image and ``cls``."""
+
+    task: Literal["zero_shot"] = "zero_shot"
+    """What is measured: zero_shot, retrieval or loss."""
+    class_names: FilePath | None = None
+    """File with a class name per line; null: ``classnames.txt`` of the folder."""
+    templates: FilePath | None = None
+    """File with a template per line, in which ``{c}`` stands for the name; null: the folder's own file."""
+
+
+class RetrievalDataset(EvalDataset):
+    """Image-text retrieval; each record holds an image and ``txt`` with a caption per line."""
+
+    task: Literal["retrieval"]
+    """What is measured: zero_shot, retrieval or loss."""
+
+
+class ValidationLossDataset(EvalDataset):
+    """The training loss on records that are not trained on; each holds an image and ``txt``."""
+
+    task: Literal["loss"]
+    """What is measured: zero_shot, retrieval or loss."""
+
+
+Dataset = Annotated[
+    ZeroShotDataset | RetrievalDataset | ValidationLossDataset,
+    Field(discriminator="task"),
+    tagged("task", "zero_shot"),
+]
+
+
+class EvalConfig(Section):
+    """What is measured during training on data that is not trained on."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between evaluations; null: only at the end, and at the start if asked."""
+    at_start: bool = True
+    """Evaluate before the first step: a bad initialisation shows before a day is lost."""
+    batch: PositiveInt = 256
+    """Images per rank and forward pass; also the number of pairs in one validation loss."""
+    datasets: dict[Name, Dataset] = Field(default={})
+    """Name -> dataset; results are published as ``eval/NAME/METRIC``."""

@@ -1,0 +1,143 @@
+"""Options of the towers and the loss: what the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from evaclip.config.base import Colour, Fraction, Section
+from evaclip.models.registry import ALIASES, PRESETS
+
+
+class ImageTowerConfig(Section):
+    """An EVA image tower: EVA-01 with the defaults, EVA-02 with rope, swiglu and sub_norm."""
+
+    image_size: PositiveInt = 224
+    """Side of the square input, in pixels."""
+    patch_size: PositiveInt = 16
+    """Side of a square patch, in pixels."""
+    width: PositiveInt = 768
+    """Channels of a token."""
+    depth: PositiveInt = 12
+    """Blocks."""
+    heads: PositiveInt = 12
+    """Attention heads; they divide the width."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Feed-forward kind: two linear layers around a GELU, or a gated SiLU (arXiv:2002.05202)."""
+    mlp_width: PositiveInt = 3072
+    """Hidden channels of the feed-forward."""
+    sub_norm: bool = False
+    """Norms inside attention and feed-forward, before their last linear layer (EVA-02)."""
+    rope: bool = False
+    """Rotate queries and keys by their patch's row and column (EVA-02), beside the learned position embedding."""
+    post_norm: bool = False
+    """Norm after each branch instead of before it (EVA02-bigE)."""
+    layer_scale: PositiveFloat | None = None
+    """Initial value of a learned scale per channel on each branch; null leaves it out."""
+    token_drop: Fraction = 0.0
+    """Fraction of patches left out of every training sample (FLIP, arXiv:2212.00794)."""
+    drop_path: Fraction = 0.0
+    """Probability that a sample skips a branch of the last block in training, growing linearly with depth."""
+    mean: Colour = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue in 0..1, subtracted from the pixels."""
+    std: Colour = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of red, green and blue in 0..1, by which the pixels are divided."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Evaluation images: resize the shorter side and crop the centre, or resize both sides to the square."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ImageTowerConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(f"rope needs a head width divisible by 4, not {self.width // self.heads}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def kept_patches(self) -> int:
+        """Patches that a training sample keeps: round(N (1 - token_drop)), at least one."""
+        return max(1, round(self.grid**2 * (1 - self.token_drop)))
+
+
+class TextTowerConfig(Section):
+    """A causal transformer over byte-pair tokens; the feature is read at the end token."""
+
+    context_length: Annotated[int, Field(ge=3)] = 77
+    """Most tokens of a caption, start and end included; longer captions are cut and keep the end token."""
+    vocab_size: Annotated[int, Field(ge=49408)] = 49408
+    """Rows of the token embedding; CLIP's tokenizer uses 49408."""
+    width: PositiveInt = 512
+    """Channels of a token."""
+    depth: PositiveInt = 12
+    """Blocks."""
+    heads: PositiveInt = 8
+    """Attention heads; they divide the width."""
+    mlp_width: PositiveInt = 2048
+    """Hidden channels of the feed-forward."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TextTowerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ModelConfig(Section):
+    """Two towers and the space they share."""
+
+    name: str | None = None
+    """A named model (EVA02-CLIP-B-16 ...) that gives the defaults of this section; other keys override it."""
+    embed_dim: PositiveInt = 512
+    """Channels of the features that both towers end in."""
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_name(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        section = cast("Mapping[str, Any]", given)
+        if section.get("name") is None:
+            return section
+        name = ALIASES.get(section["name"], section["name"])
+        if name not in PRESETS:
+            raise ValueError(f"no model is named {name!r}; there are {', '.join(PRESETS)}")
+        return _merge(PRESETS[name], {**section, "name": name})
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` on top, sections merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _merge(cast("Mapping[str, Any]", below), cast("Mapping[str, Any]", value))  # noqa: PLW2901
+        merged[key] = value
+    return merged
+
+
+class LossConfig(Section):
+    """Symmetric InfoNCE (arXiv:2103.00020) and its temperature."""
+
+    logit_scale: PositiveFloat = 1 / 0.07
+    """Initial multiplier of the cosine similarities (1 / temperature); its logarithm is the parameter."""
+    max_logit_scale: PositiveFloat = 100.0
+    """Upper bound of the multiplier, applied to the parameter after every update."""
+    learn_logit_scale: bool = True
+    """Whether the multiplier is trained; the published 8B and 18B runs fix it at 100."""
+
+    @model_validator(mode="after")
+    def _starts_below_its_bound(self) -> LossConfig:
+        if self.logit_scale > self.max_logit_scale:
+            raise ValueError(f"logit_scale {self.logit_scale} is above max_logit_scale {self.max_logit_scale}")
+        return self

@@ -1,0 +1,223 @@
+"""Options of a whole run, and the rules between its sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
+from evaclip.config.data import DataConfig, EvalConfig
+from evaclip.config.model import LossConfig, ModelConfig
+
+# ----------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+class TowerOptimConfig(Section):
+    """What one tower has for itself; null takes the value of ``optim``."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the tower's last layer."""
+    weight_decay: NonNegativeFloat | None = None
+    """Decoupled weight decay of matrices; vectors and position embeddings have none."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate per layer towards the input."""
+
+
+class OptimConfig(Section):
+    """What LAMB and AdamW share."""
+
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay of the first and the second moment."""
+    eps: PositiveFloat = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decoupled weight decay of matrices; vectors and position embeddings have none."""
+    clip_norm: PositiveFloat | None = None
+    """The gradient is scaled down to this global L2 norm; null does not clip."""
+    image: TowerOptimConfig = TowerOptimConfig()
+    text: TowerOptimConfig = TowerOptimConfig()
+
+
+class LambConfig(OptimConfig):
+    """LAMB (arXiv:1904.00962), bias-corrected."""
+
+    name: Literal["lamb"] = "lamb"
+    """The optimizer: lamb or adamw."""
+    trust_ratio: Literal["decayed", "all"] = "decayed"
+    """Which tensors take a trust ratio: those with weight decay (as timm does), or all but the logit scale."""
+
+
+class AdamWConfig(OptimConfig):
+    """AdamW (arXiv:1711.05101)."""
+
+    name: Literal["adamw"]
+    """The optimizer: lamb or adamw."""
+
+
+Optim = Annotated[LambConfig | AdamWConfig, Field(discriminator="name"), tagged("name", "lamb")]
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then half a cosine."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps until the peak learning rate."""
+    final_fraction: Probability = 0.0
+    """Share of the peak learning rate that is left at the last step."""
+
+
+# ---------------------------------------------------------------------------------------------- engine, training, logs
+
+
+class TorchEngineConfig(Section):
+    """Plain PyTorch: one process, or data parallel with everything replicated."""
+
+    name: Literal["torch"] = "torch"
+    """The engine: torch or deepspeed."""
+
+
+class DeepSpeedEngineConfig(Section):
+    """DeepSpeed ZeRO (arXiv:1910.02054): optimizer state (1), gradients (2) and parameters (3) sharded over ranks."""
+
+    name: Literal["deepspeed"]
+    """The engine: torch or deepspeed."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too."""
+
+
+Engine = Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="name"), tagged("name", "torch")]
+
+
+class TrainConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    steps: PositiveInt
+    """Optimizer updates in the whole run."""
+    global_batch: Annotated[int, Field(ge=2)]
+    """Samples of one update, over all ranks; the same on any number of ranks."""
+    micro_batch: PositiveInt | None = None
+    """Most samples a rank takes through the towers at once; null: its whole share."""
+    precision: Literal["bf16", "bf16_weights", "fp16", "fp32"] = "bf16"
+    """bf16, fp16: fp32 weights under autocast; bf16_weights: 16-bit weights with an fp32 master; fp32."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in backward instead of storing them."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    max_consecutive_skipped_steps: PositiveInt = 100
+    """The run stops after this many updates in a row were skipped for a non-finite loss or gradient."""
+
+
+class CheckpointConfig(Section):
+    """When state is saved and what is kept; the newest checkpoint always is."""
+
+    every_steps: PositiveInt = 1000
+    """Steps between checkpoints; one is also written at the end and when the run is interrupted."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this are kept for good."""
+    keep_best: str | None = None
+    """Metric whose best checkpoint is kept, for instance ``eval/imagenet/top1``."""
+    best_is: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value of ``keep_best`` is the best."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online where an API key is found, offline otherwise; never a prompt."""
+    project: str = "evaclip"
+    """Project name."""
+    entity: str | None = None
+    """Team or user; null: the key's default."""
+    name: str | None = None
+    """Run name; null: the run directory's name."""
+    group: str | None = None
+    """Group of runs."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+
+
+class LogConfig(Section):
+    """What is published, and how often."""
+
+    every_steps: PositiveInt = 10
+    """Steps between rows of metrics; each publication waits for the device once."""
+    wandb: WandbConfig = WandbConfig()
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    run_dir: FilePath
+    """Folder of the run: config, metrics, log, checkpoints. A run in it is continued."""
+    seed: NonNegativeInt = 0
+    """Of initial weights, data order, crops and dropped patches."""
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig
+    train: TrainConfig
+    optim: Optim = LambConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: Engine = TorchEngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        problems = list(_disagreements(self))
+        if problems:
+            raise ValueError("\n".join(problems))  # reported one by one
+        return self
+
+
+def _disagreements(run: RunConfig) -> list[str]:
+    """Rules between sections: what is refused, why, and what to do."""
+    found: list[str] = []
+    batch, slots = run.train.global_batch, run.data.slots
+    if slots is not None and batch % slots:
+        found.append(f"data.slots {slots} does not divide train.global_batch {batch}")
+    if run.schedule.warmup_steps >= run.train.steps:
+        found.append(
+            f"schedule.warmup_steps {run.schedule.warmup_steps} leaves nothing of train.steps {run.train.steps}"
+        )
+    if isinstance(run.optim, LambConfig) and run.optim.trust_ratio == "decayed" and not _decays(run.optim):
+        found.append(
+            "optim.name lamb with optim.trust_ratio decayed and no weight decay would be plain Adam; "
+            "set optim.trust_ratio=all, or optim.name=adamw"
+        )
+    if isinstance(run.engine, DeepSpeedEngineConfig):
+        if isinstance(run.optim, LambConfig):
+            found.append(
+                "optim.name lamb is not exact under engine.name deepspeed yet: ZeRO hands the optimizer flat slices, "
+                "so a trust ratio would be that of a slice; use engine.name=torch or optim.name=adamw"
+            )
+        if run.engine.zero_stage == 3 and run.train.compile:
+            found.append(
+                "train.compile breaks ZeRO-3's fetching of parameters block by block; "
+                "use engine.zero_stage=2 or train.compile=false"
+            )
+        if run.train.precision == "fp16":
+            found.append(
+                "train.precision fp16 runs on engine.name torch only so far; use bf16, which needs no loss scaling"
+            )
+    if run.eval.every_steps and not run.eval.datasets:
+        found.append("eval.every_steps is set, but eval.datasets is empty")
+    best = run.checkpoint.keep_best
+    if best and best.split("/")[1:2] != [name for name in run.eval.datasets if best.startswith(f"eval/{name}/")][:1]:
+        found.append(f"checkpoint.keep_best {best} names no dataset of eval.datasets ({', '.join(run.eval.datasets)})")
+    return found
+
+
+def _decays(optim: OptimConfig) -> bool:
+    """Whether any tower has weight decay."""
+    own = (optim.image.weight_decay, optim.text.weight_decay)
+    return any(optim.weight_decay if decay is None else decay for decay in own)
