@@ -21,7 +21,7 @@ $(VENV)/.dev: setup.py | $(BIN)/activate
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/make_demo_data.py data/demo
-	$(BIN)/evaclip train configs/demo.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh 2 configs/demo.yaml
 	$(BIN)/python tools/report.py runs/demo --require digits.top1=0.97 --require scenes_unseen.top1=0.50
 
 test: $(VENV)/.dev

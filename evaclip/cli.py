@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,5 +93,5 @@ def _datasets(options: argparse.Namespace) -> dict[str, Any]:
     fields |= {"limit": options.limit} if options.limit is not None else {}
     if options.task == "zero_shot":
         fields |= {"class_names": options.class_names, "templates": options.templates}
-    name = Path(options.dataset).name.partition(".")[0] or "dataset"
-    return EvalConfig.model_validate({"datasets": {name: fields}}).datasets
+    name = re.sub(r"[^\w.-]", "_", Path(options.dataset).name.partition(".")[0]).lstrip(".-") or "dataset"
+    return config_file.validate({"datasets": {name: fields}}, "evaluate", EvalConfig).datasets

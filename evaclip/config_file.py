@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from evaclip.config import RunConfig
 from evaclip.errors import ConfigError
 
-_UNIONS = {"optim": "name", "engine": "name", "sources": "kind", "datasets": "task"}
+S = TypeVar("S", bound=BaseModel)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -44,14 +44,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(sections, str(path))
 
 
-def validate(tree: Mapping[str, Any], origin: str) -> RunConfig:
-    """Check a parsed configuration.
+def validate(tree: Mapping[str, Any], origin: str, section: type[S] = RunConfig) -> S:
+    """Check a parsed configuration, or one of its sections.
 
     Raises:
         ConfigError: The configuration is not valid; the message lists every problem.
     """
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         problems = list(_explain(error))
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +152,10 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     run = Run(config, ranks, plan, sources, shapes, loss, engine)
     if reader:
         _load_state(reader, run)
-    _describe(run, reader)
+    with agreed(ranks), _writable(run.directory):
+        if ranks.is_main:
+            (run.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+            _describe(run, reader)
     return run
 
 
@@ -170,17 +174,23 @@ def _require_one_forward(config: RunConfig, ranks: Ranks) -> None:
 def _make_directory(config: RunConfig, ranks: Ranks) -> None:
     """Create the run directory and send the log there."""
     directory = Path(config.run_dir)
-    with agreed(ranks):
+    with agreed(ranks), _writable(directory):
         if ranks.is_main:
-            try:
-                (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-                log_setup(directory, ranks.rank)
-            except OSError as error:
-                raise ConfigError(
-                    f"run_dir {directory} cannot be used: {error.strerror}; choose a folder that can be written"
-                ) from error
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            log_setup(directory, ranks.rank)
         else:
             log_setup(None, ranks.rank)
+
+
+@contextmanager
+def _writable(directory: Path) -> Generator[None]:
+    """Say what a person can do about a run directory that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {directory} cannot be used: {error.strerror}; choose a folder that can be written"
+        ) from error
 
 
 def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.Reader | None:
@@ -239,11 +249,8 @@ def _load_state(reader: checkpoint.Reader, run: Run) -> None:
 
 
 def _describe(run: Run, reader: checkpoint.Reader | None) -> None:
-    """Tell the log what is about to run, and write the resolved configuration."""
+    """Tell the log what is about to run."""
     config, ranks = run.config, run.ranks
-    if not ranks.is_main:
-        return
-    (run.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
     worlds = [w for w in range(1, run.plan.slots + 1) if run.plan.slots % w == 0]
     log.info(
         "evaclip %s, torch %s, %d ranks on %s",

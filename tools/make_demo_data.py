@@ -36,9 +36,9 @@ from demo_pictures import (
 from evaclip.data.shards import index_path, open_index, write_shards
 from evaclip.errors import DataError, EvaclipError
 
-NUM_SCENES = 14_000
+NUM_SCENES = 12_000
 """Training scenes."""
-RENDERINGS = 5
+RENDERINGS = 6
 """Training renderings of each handwritten digit."""
 UNSEEN_PER_COMBINATION = 4
 """Test images of each combination that is never trained on."""

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import json
 import re
 import sys
 from collections import Counter
@@ -144,15 +143,14 @@ def test_class_names_are_read_in_the_templates_as_captions_of_their_combination(
         assert scene_of(template.replace("{c}", scene.class_name)) == scene
 
 
-def test_training_records_hold_jpegs_of_mixed_sizes_and_two_captions(demo):
+def test_training_records_hold_jpegs_of_mixed_sizes_and_captions_of_mixed_forms(demo):
     for source, least, most in (("scenes", 48, 80), ("digits", 32, 96)):
         found = records(demo / source / "train")
         sizes = {image(record.members).size for record in found}
-        abouts = [json.loads(record.members["json"]) for record in found]
         assert len(sizes) > 30
         assert all(least <= side <= most for size in sizes for side in size)
-        assert [about["caption"] for about in abouts] == [record.members["txt"].decode() for record in found]
-        assert all(about["recaption"] != about["caption"] for about in abouts)
+        assert all(set(record.members) == {"jpg", "txt"} for record in found)
+        assert len({record.members["txt"] for record in found}) > len(found) / 4
         assert [record.key for record in found] == [f"{number:09d}" for number in range(len(found))]
 
 
@@ -212,7 +210,7 @@ def test_two_runs_write_equal_bytes_and_the_second_replaces_the_first(demo, tmp_
     assert digests(out) == digests(demo)
     assert {name.split("/")[0] for name in digests(out)} == {"contents.json", "digits", "scenes", "eval"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert f"{out}/scenes/train: 280 records, " in capsys.readouterr().out
+    assert f"{out}/scenes/train: 240 records, " in capsys.readouterr().out
 
 
 def test_folder_with_other_files_is_not_touched(tmp_path, capsys):

@@ -1,0 +1,174 @@
+"""What people meet: commands, and one clear message with an exit code where something is wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SYNTHETIC, colour_records, merged, tiny_tree
+
+from evaclip import cli
+from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.data.shards import write_shards
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Path of a tiny configuration; keyword arguments change it."""
+
+    def write(source=SYNTHETIC, **changes):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(merged(tiny_tree(tmp_path / "run", source), **changes)))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that has to fail; its message."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        message = capsys.readouterr().err
+        assert stopped.value.code == 1
+        assert message.count("error: ") == 1
+        assert "Traceback" not in message
+        return message[message.index("error: ") :]
+
+    return run
+
+
+def test_wrong_shard_path_is_named(config, fails):
+    assert "/nowhere/0.tar does not exist (2 of 2 shards" in fails("train", config({"shards": "/nowhere/{0..1}.tar"}))
+
+
+def test_empty_shard_list_is_refused(config, fails):
+    assert "the list of shards is empty" in fails("train", config({"shards": []}))
+
+
+def test_shards_without_captions_are_refused_with_what_they_hold(config, fails, tmp_path):
+    write_shards(tmp_path / "s", ((key, {"jpg": m["jpg"]}) for key, m in colour_records(20)), 20)
+    message = fails("train", config({"shards": str(tmp_path / "s/00000.tar")}))
+    assert "the shards of source tiny hold no captions: wanted members txt, found jpg" in message
+
+
+def test_shard_that_is_no_tar_is_refused(config, fails, tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
+    assert "x.tar is not a readable tar" in fails("train", config({"shards": str(tmp_path / "x.tar")}))
+
+
+def test_records_that_are_all_bad_stop_the_run(config, fails, tmp_path):
+    write_shards(tmp_path / "s", ((f"{n}", {"jpg": b"no image", "txt": b"x"}) for n in range(30)), 30)
+    message = fails("train", config({"shards": str(tmp_path / "s/00000.tar")}))
+    assert "records in a row cannot be used" in message
+    assert "00000.tar" in message
+    assert "not_an_image" in message
+
+
+def test_too_many_bad_records_stop_the_run(config, fails, tmp_path):
+    records = [(key, {**m, "jpg": b"bad"} if int(key) % 3 == 0 else m) for key, m in colour_records(60)]
+    write_shards(tmp_path / "s", records, 60)
+    message = fails("train", config({"shards": str(tmp_path / "s/00000.tar")}, train__steps=10))
+    assert "more than data.max_bad_fraction 0.05; mend the shards or raise the limit" in message
+
+
+def test_unreadable_configuration_is_refused(fails, tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in fails("train", str(tmp_path / "c.yaml"))
+    assert "cannot be read" in fails("train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere"], "/nowhere does not exist; give a run directory or one of its checkpoints"),
+        (["{run}"], "names no datasets; give one with --dataset PATH"),
+        (["{run}", "--dataset", "/nowhere"], "/nowhere"),
+        (["{run}", "--dataset", "s3://x/y"], "only local paths are read"),
+        (["{run}", "--dataset", "/nowhere", "--limit", "0"], "limit: Input should be greater than 0"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_measure(config, fails, tmp_path, arguments, message):
+    cli.main(["train", config()])
+    assert message in fails("evaluate", *(argument.format(run=tmp_path / "run") for argument in arguments))
+
+
+def test_evaluate_measures_a_dataset_and_writes_results(config, capsys, tmp_path):
+    cli.main(["train", config()])
+    write_shards(tmp_path / "s", ((key, {"jpg": m["jpg"], "cls": b"1"}) for key, m in colour_records(12)), 20)
+    for name, lines in (("names", "red\ngreen\n"), ("templates", "a {c} square\n")):
+        (tmp_path / name).write_text(lines)
+    arguments = ["--dataset", str(tmp_path / "s/00000.tar"), "--class-names", str(tmp_path / "names")]
+    arguments += ["--templates", str(tmp_path / "templates"), "--output", str(tmp_path / "out")]
+    cli.main(["evaluate", str(tmp_path / "run"), *arguments])
+    assert "top1" in capsys.readouterr().out
+    assert (tmp_path / "out/evaluation.json").is_file()
+
+
+def environment():
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_weights(config, tmp_path, colour_shards):
+    options = {"train__steps": 30, "checkpoint__every_steps": 5, "data__workers": 1}
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
+    command = [sys.executable, "-m", "evaclip", "train", config(source, **options)]
+    run = tmp_path / "run"
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints/step_00000010").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "checkpoints/step_00000030").exists()
+    subprocess.run(command, env=environment(), check=True, stderr=subprocess.DEVNULL)
+    killed = Reader(find_checkpoint(run)).weights()
+    subprocess.run(
+        [*command, f"run_dir={tmp_path / 'straight'}"], env=environment(), check=True, stderr=subprocess.DEVNULL
+    )
+    straight = Reader(find_checkpoint(tmp_path / "straight")).weights()
+    assert all(torch.equal(killed[name], straight[name]) for name in straight)
+
+
+def test_ctrl_c_saves_and_exits_with_75(config, tmp_path):
+    path = config(train__steps=100_000, checkpoint__every_steps=100_000, data__workers=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evaclip", "train", path],
+        env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.stat().st_size < 2000:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "stopped by SIGINT after step" in message
+    assert "Traceback" not in message
+    assert find_checkpoint(tmp_path / "run").name > "step_00000001"
+
+
+def test_local_launch_trains_on_two_processes(config, tmp_path):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["launch/local.sh", "2", config(), "train.steps=3"]
+    subprocess.run(command, env={**environment(), "PATH": path}, check=True, cwd=REPOSITORY, capture_output=True)
+    assert find_checkpoint(tmp_path / "run").name == "step_00000003"
+    assert "2 ranks" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_local_launch_says_how_it_is_used():
+    done = subprocess.run(["launch/local.sh"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: launch/local.sh NPROC CONFIG.yaml" in done.stderr
