@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.config import LossConfig, ModelConfig
 from evaclip.data.batch import PackedText
 from evaclip.data.images import eval_crop
@@ -130,7 +130,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
     Raises:
         CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
     """
-    checkpoint = Reader(find_checkpoint(path))
+    checkpoint = CheckpointReader(find_checkpoint(path))
     weights = checkpoint.weights()
     towers = _create_towers(checkpoint.config.model, device=device)
     wanted = {name: tuple(value.shape) for name, value in towers.named_parameters()} | {_LOGIT_SCALE: (1,)}

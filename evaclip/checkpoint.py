@@ -1,6 +1,6 @@
 """Checkpoints: a folder that is whole or does not exist, readable at any world size and by any engine.
 
-``step_00001000/`` holds ``meta.json`` (progress, slot states, config, versions, checksums), ``config.yaml`` and one
+``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, checksums), ``config.yaml`` and one
 safetensors file per rank. An entry of such a file is a run of one parameter's elements, ``weight/NAME@START``,
 ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once, and a reader puts together what it
 needs. Files are written under a temporary name, flushed and checksummed (xxh3); the rename of the folder comes last.
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
@@ -46,7 +48,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run stands: everything but tensors."""
 
     step: int
@@ -72,7 +74,7 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def save(folder: Path, config: RunConfig, progress: Progress, entries: Iterable[Entry], ranks: Ranks) -> Path:
+def save(folder: Path, config: RunConfig, state: RunState, entries: Iterable[Entry], ranks: Ranks) -> Path:
     """Write ``folder/step_N`` from all ranks; returns it on every rank.
 
     Communicates one gather of a few hundred bytes, and three numbers. Training waits until the files are written.
@@ -80,7 +82,7 @@ def save(folder: Path, config: RunConfig, progress: Progress, entries: Iterable[
     Raises:
         CheckpointError: Some rank could not write; nothing of the checkpoint is left, older ones are untouched.
     """
-    final = folder / f"step_{progress.step:08d}"
+    final = folder / f"step_{state.step:08d}"
     temporary = folder / f".{final.name}.tmp"
     try:
         with agreed(ranks), _writing():
@@ -93,7 +95,7 @@ def save(folder: Path, config: RunConfig, progress: Progress, entries: Iterable[
         with agreed(ranks), _writing():
             if ranks.is_main:
                 _write(temporary / "config.yaml", dump(config))
-                meta = {"format": FORMAT, **asdict(progress), "config": config.model_dump(mode="json"), "parts": parts}
+                meta = {"format": FORMAT, **asdict(state), "config": config.model_dump(mode="json"), "parts": parts}
                 _write(temporary / "meta.json", json.dumps(meta))
                 _flush(temporary)
                 if final.exists():  # a run that was cut back may write a step again
@@ -157,36 +159,37 @@ def _checksum(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------- retention
 
 
-def to_delete(scores: Sequence[tuple[int, float | None]], config: CheckpointConfig) -> list[int]:
-    """Steps whose checkpoints go, given all (step, value of the ``keep_best`` metric): never the newest."""
+def to_delete(
+    scores: Sequence[tuple[int, float | None]], config: CheckpointConfig, current: int | None = None
+) -> list[int]:
+    """Steps whose checkpoints go, given all (step, value of the ``keep_best`` metric); ``current`` always stays."""
     newest_first = sorted(scores, reverse=True)
-    keep = {step for step, _ in newest_first[: config.keep_last]}
+    keep = {step for step, _ in newest_first[: config.keep_last]} | {current}
     if config.keep_every_steps:
         keep |= {step for step, _ in scores if step % config.keep_every_steps == 0}
-    scored = [(value, step) for step, value in scores if value is not None]
+    scored = [(value, step) for step, value in scores if value is not None and math.isfinite(value)]
     if config.keep_best and scored:
         keep.add((max(scored) if config.best_is == "max" else min(scored))[1])
     return [step for step, _ in sorted(scores) if step not in keep]
 
 
-def delete_old(folder: Path, config: CheckpointConfig) -> list[int]:
-    """Apply the retention rule to a folder of checkpoints; returns the steps that are gone."""
+def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
+    """Apply the retention rule to a folder of checkpoints, of which ``current`` was just written."""
     found = {int(path.name[5:]): path for path in _steps(folder)}
     scores = [(step, _read_meta(path).get("metrics", {}).get(config.keep_best)) for step, path in found.items()]
-    gone = to_delete(scores, config)
-    for step in gone:
+    for step in to_delete(scores, config, current):
         doomed = folder / f".{found[step].name}.deleted"
         with suppress(FileNotFoundError):
             found[step].rename(doomed)  # first it stops being a checkpoint, then it goes
             shutil.rmtree(doomed)
-    return gone
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if (path / "meta.json").is_file())
+    named = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted(path for path in named if (path / "meta.json").is_file())
 
 
 def _read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -209,9 +212,25 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{path} has {path.stat().st_size} bytes instead of {part['size']}"
             if _checksum(path) != part["xxh3"]:
                 return f"{path} differs from its checksum"
-    except (CheckpointError, OSError) as error:
-        return str(error)
+    except (CheckpointError, OSError, KeyError, TypeError) as error:
+        return f"{checkpoint}: {error}"
     return None
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Take damaged checkpoints newer than the newest intact one out of the way; returns what is wrong with them.
+
+    They are renamed to ``.step_N.damaged``; what interrupted writes and deletions left is removed.
+    """
+    for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.deleted")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    intact, problems = newest_intact(folder)
+    for path in _steps(folder):
+        if intact is None or path.name > intact.name:
+            aside = folder / f".{path.name}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    return problems
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -246,16 +265,16 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
-class Reader:
+class CheckpointReader:
     """Random access to a checkpoint's tensors, memory-mapped."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.path = checkpoint
         meta = _read_meta(checkpoint)
-        names = set(Progress.__dataclass_fields__)
+        names = set(RunState.__dataclass_fields__)
         fields = {key: value for key, value in meta.items() if key in names}
         fields["slot_states"] = {int(slot): state for slot, state in fields["slot_states"].items()}
-        self.progress = Progress(**fields)
+        self.state = RunState(**fields)
         self.config = validate(meta["config"], str(checkpoint))
         self._parts = [safe_open(checkpoint / part, "pt") for part in meta["parts"]]
         self._runs: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
@@ -289,7 +308,7 @@ class Reader:
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name, fp32."""
         weights: dict[str, Tensor] = {}
-        for name, shape in self.progress.shapes.items():
+        for name, shape in self.state.shapes.items():
             flat = torch.empty(shape, dtype=torch.float32)
             self.fill(Entry("weight", name, 0, flat.view(-1)))
             weights[name] = flat
@@ -303,7 +322,7 @@ def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> None:
         ConfigError: Something that makes the model or the data order differs; the message holds the difference.
     """
     fixed = ("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks")
-    fixed += ("data.max_image_pixels", "train.global_batch")
+    fixed += ("data.max_image_pixels", "train.global_batch", "loss.logit_scale", "loss.learn_logit_scale", "optim.name")
     movable = (".shards", "model.name")  # content is compared by digest, names by what they stand for
     before, now = flatten(saved), flatten(wanted)
     changed = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except EvaclipError as error:
         if options.debug:
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+        if rank == "0" or not (error.on_all_ranks or isinstance(error, TrainingStoppedError)):
+            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+        sys.stderr.flush()
         sys.exit(_STOPPED if isinstance(error, TrainingStoppedError) and error.can_continue else 1)
 
 
@@ -56,11 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--class-names", metavar="FILE", help="one class name per line")
     evaluate.add_argument("--templates", metavar="FILE", help="one template per line, {c} stands for the name")
     evaluate.add_argument("--limit", type=int, help="only the first records")
-    evaluate.add_argument("--batch", type=int, help="images per rank and forward pass")
+    evaluate.add_argument("--batch", type=_positive, help="images per rank and forward pass")
     evaluate.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: the run's")
     evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and predictions there")
     evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -76,7 +88,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     datasets = _datasets(options) if options.dataset else None
-    from evaclip.evaluation.checkpoint import evaluate_checkpoint  # noqa: PLC0415  as above
+    from evaclip.evaluation.command import evaluate_checkpoint  # noqa: PLC0415  as above
 
     evaluate_checkpoint(
         Path(options.checkpoint),

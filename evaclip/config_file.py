@@ -34,7 +34,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} does not exist; give the path of a YAML configuration") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no sections; a configuration is a mapping such as `train: {{steps: 1000}}`")
@@ -111,7 +111,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(f"{item!r} is not of the form section.key=value")
     try:
         value = parse_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{item!r}: the value is not valid YAML: {error}") from None
     *parents, leaf = dotted.split(".")
     place = tree

@@ -102,7 +102,9 @@ def agreed(ranks: Ranks) -> Generator[None]:
         own = error
     if int(ranks.sum(torch.tensor(int(own is not None), device=ranks.device))):
         first = next(error for error in ranks.gather_objects(own) if error is not None)
-        raise type(first)(str(first)) from own
+        shared = type(first)(str(first))
+        shared.on_all_ranks = True
+        raise shared from own
 
 
 def _free_port() -> int:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class EvaclipError(Exception):
-    """Something a person can mend; the message names the cause, the value and the remedy."""
+    """Something a person can mend; the message names the cause, the value and the remedy.
+
+    Attributes:
+        on_all_ranks: Every rank raises the same, so one of them need say it.
+    """
+
+    on_all_ranks: bool = False
 
 
 class ConfigError(EvaclipError):
@@ -29,3 +39,14 @@ class TrainingStoppedError(EvaclipError):
     def __init__(self, message: str, *, can_continue: bool = False) -> None:
         super().__init__(message)
         self.can_continue = can_continue
+
+
+@contextmanager
+def writing(what: str, kind: type[EvaclipError] = EvaclipError) -> Generator[None]:
+    """Say what a person can do about something that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "choose a folder that can be written"
+        raise kind(f"{what} cannot be written: {error.strerror or error}; {remedy}, and start again") from error

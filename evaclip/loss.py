@@ -37,7 +37,7 @@ class LossOutput(NamedTuple):
     scale_grad: Float[Tensor, ""]
     """Of the logarithm of the logit scale."""
     image_to_text: Float[Tensor, ""]
-    """Share of images whose own caption is nearest."""
+    """Share of images whose own caption is nearest; the same caption twice in a batch is right twice."""
     text_to_image: Float[Tensor, ""]
     """Share of captions whose own image is nearest."""
 

@@ -31,6 +31,7 @@ METRICS: dict[str, Metric] = {
     "train/logit_scale": Metric("multiplier of the cosine similarities (1 / temperature)", "last"),
     "train/grad_norm": Metric("global gradient norm before clipping", "mean"),
     "train/skipped_steps": Metric("updates skipped for a non-finite loss or gradient, since the row before", "sum"),
+    "train/consecutive_skips": Metric("updates skipped in a row, up to now", "last"),
     "train/trust_ratio_p5": Metric("5 % quantile of LAMB's trust ratios over the parameters that adapt", "last"),
     "train/trust_ratio_p50": Metric("median of LAMB's trust ratios over the parameters that adapt", "last"),
     "train/trust_ratio_p95": Metric("95 % quantile of LAMB's trust ratios over the parameters that adapt", "last"),

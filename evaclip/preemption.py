@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from evaclip.errors import TrainingStoppedError
+
 if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
@@ -51,19 +53,24 @@ class StopRequest:
             self._pending = None
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self._signal:  # a second request does not wait for the checkpoint
+        # Launchers forward SIGTERM, so it may come twice; only a second Ctrl-C does not wait for the checkpoint.
+        if self._signal and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._signal = number
+        self._signal = self._signal or number
 
 
 @contextmanager
 def listening(ranks: Ranks) -> Generator[StopRequest]:
-    """Take SIGTERM and Ctrl-C as requests; the second one ends the process at once."""
+    """Take SIGTERM and Ctrl-C as requests; a second Ctrl-C ends the process at once."""
     request = StopRequest(ranks)
     before = {number: signal.signal(number, request._receive) for number in _SIGNALS}
     try:
         yield request
+    except TrainingStoppedError:
+        request.finish()
+        ranks.barrier()  # leave together: a launcher ends the others when the first one is gone
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,15 +6,15 @@ plain object; ``train`` holds the loop that moves it.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import platform
 import subprocess
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import torch
 
@@ -26,7 +26,7 @@ from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.readers import OpenedSource
 from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
-from evaclip.errors import CheckpointError, ConfigError
+from evaclip.errors import CheckpointError, ConfigError, writing
 from evaclip.logs import log_setup
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.attention import kernel_name
@@ -90,7 +90,7 @@ class Run:
         """Write a checkpoint of this step and delete what the retention rule lets go."""
         gathered = self.ranks.gather_objects(self.slot_states or {})
         optimizer = self.engine.optimizer
-        progress = checkpoint.Progress(
+        progress = checkpoint.RunState(
             step=self.step,
             samples=self.samples,
             updates=int(optimizer.updates),
@@ -115,7 +115,7 @@ class Run:
             entries.append(checkpoint.Entry("weight", "logit_scale", 0, self.loss.logit_scale))
         path = checkpoint.save(self.directory / "checkpoints", self.config, progress, entries, self.ranks)
         if self.ranks.is_main:
-            checkpoint.delete_old(path.parent, self.config.checkpoint)
+            checkpoint.delete_old(path.parent, self.config.checkpoint, self.step)
         log.info("saved %s", path)
 
     @cached_property
@@ -134,12 +134,13 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     _require_one_forward(config, ranks)
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
-    sources = open_sources(config, ranks)
     if reader:
         checkpoint.refuse_changes(reader.config, config, reader.path)
+    sources = open_sources(config, ranks)
+    if reader:
         _require_same_data(reader, sources)
     slots = choose_slots(
-        config.train.global_batch, ranks.world_size, reader.progress.slots if reader else config.data.slots
+        config.train.global_batch, ranks.world_size, reader.state.slots if reader else config.data.slots
     )
     plan = make_plan(config, sources, slots)
 
@@ -152,7 +153,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     run = Run(config, ranks, plan, sources, shapes, loss, engine)
     if reader:
         _load_state(reader, run)
-    with agreed(ranks), _writable(run.directory):
+    with agreed(ranks), writing(f"run_dir {run.directory}", ConfigError):
         if ranks.is_main:
             (run.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
             _describe(run, reader)
@@ -174,39 +175,52 @@ def _require_one_forward(config: RunConfig, ranks: Ranks) -> None:
 def _make_directory(config: RunConfig, ranks: Ranks) -> None:
     """Create the run directory and send the log there."""
     directory = Path(config.run_dir)
-    with agreed(ranks), _writable(directory):
+    with agreed(ranks), writing(f"run_dir {directory}", ConfigError):
         if ranks.is_main:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            _lock(directory)
             log_setup(directory, ranks.rank)
         else:
             log_setup(None, ranks.rank)
 
 
-@contextmanager
-def _writable(directory: Path) -> Generator[None]:
-    """Say what a person can do about a run directory that cannot be written."""
+_locks: dict[Path, IO[bytes]] = {}
+
+
+def _lock(directory: Path) -> None:
+    """Keep a second process out of a run directory; the system lets go of the lock when this process ends."""
+    if directory.resolve() in _locks:
+        return
+    file = (directory / ".lock").open("ab")
     try:
-        yield
-    except OSError as error:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
         raise ConfigError(
-            f"run_dir {directory} cannot be used: {error.strerror}; choose a folder that can be written"
-        ) from error
+            f"another process trains in run_dir {directory}; wait for it or end it, or choose another run_dir"
+        ) from None
+    _locks[directory.resolve()] = file
 
 
-def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.Reader | None:
+def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader | None:
     """The newest intact checkpoint of the run directory; rank 0 looks, all ranks use the same."""
-    looked = checkpoint.newest_intact(Path(config.run_dir) / "checkpoints") if ranks.is_main else (None, [])
-    path, damaged = ranks.from_main(looked)
+    found: tuple[Path | None, list[str]] = (None, [])
+    folder = Path(config.run_dir) / "checkpoints"
+    with agreed(ranks), writing(f"run_dir {folder}", ConfigError):
+        if ranks.is_main:
+            damaged = checkpoint.set_aside(folder)
+            found = checkpoint.newest_intact(folder)[0], damaged
+    path, damaged = ranks.from_main(found)
     for text in damaged:
-        log.warning("damaged checkpoint left aside: %s", text)
+        log.warning("damaged checkpoint set aside: %s", text)
     if damaged and path is None:
         raise CheckpointError(f"no checkpoint of {config.run_dir} is intact: {damaged[0]}; use a new run_dir")
-    return checkpoint.Reader(path) if path else None
+    return checkpoint.CheckpointReader(path) if path else None
 
 
-def _require_same_data(reader: checkpoint.Reader, sources: Mapping[str, OpenedSource]) -> None:
+def _require_same_data(reader: checkpoint.CheckpointReader, sources: Mapping[str, OpenedSource]) -> None:
     for name, source in sources.items():
-        saved = reader.progress.digests.get(name)
+        saved = reader.state.digests.get(name)
         if saved != source.digest:
             raise CheckpointError(
                 f"source {name} holds other records than when {reader.path} was written (index digest {source.digest}, "
@@ -214,10 +228,10 @@ def _require_same_data(reader: checkpoint.Reader, sources: Mapping[str, OpenedSo
             )
 
 
-def _load_weights(reader: checkpoint.Reader, clip: CLIP, loss: ContrastiveLoss) -> None:
+def _load_weights(reader: checkpoint.CheckpointReader, clip: CLIP, loss: ContrastiveLoss) -> None:
     """Fill towers and temperature before the engine takes them over."""
     targets = dict(clip.named_parameters()) | {"logit_scale": loss.logit_scale}
-    saved = reader.progress.shapes
+    saved = reader.state.shapes
     shapes = {name: list(parameter.shape) for name, parameter in targets.items()}
     wrong = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {shapes.get(name, 'absent')} in the model"
@@ -233,14 +247,14 @@ def _load_weights(reader: checkpoint.Reader, clip: CLIP, loss: ContrastiveLoss) 
             parameter.copy_(values.view(parameter.shape))
 
 
-def _load_state(reader: checkpoint.Reader, run: Run) -> None:
+def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
     """Fill masters and moments, whatever their layout, and take up progress."""
     optimizer = run.engine.optimizer
     for piece in optimizer.local_pieces():
         for kind, values in (("weight", piece.weight), ("exp_avg", piece.exp_avg), ("exp_avg_sq", piece.exp_avg_sq)):
             reader.fill(checkpoint.Entry(kind, piece.row.name, piece.start, values))
     run.engine.refresh_weights()
-    progress = reader.progress
+    progress = reader.state
     optimizer.updates.fill_(progress.updates)
     optimizer.grad_scale.fill_(progress.grad_scale)
     run.step = progress.step
@@ -248,7 +262,7 @@ def _load_state(reader: checkpoint.Reader, run: Run) -> None:
     run.slot_states = {slot: SlotState.parse(state) for slot, state in progress.slot_states.items()}
 
 
-def _describe(run: Run, reader: checkpoint.Reader | None) -> None:
+def _describe(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     """Tell the log what is about to run."""
     config, ranks = run.config, run.ranks
     worlds = [w for w in range(1, run.plan.slots + 1) if run.plan.slots % w == 0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.data.pipeline import SourceAccount, account, require_few_bad
 from evaclip.distributed import Ranks, agreed, started
-from evaclip.errors import TrainingStoppedError
+from evaclip.errors import EvaclipError, TrainingStoppedError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
 from evaclip.history import History
 from evaclip.meter import Meter, peak_memory_gib
@@ -81,7 +81,11 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         if run.step % config.log.every_steps == 0 or last:
             report.publish(run, factor)
         if config.eval.datasets and (last or (config.eval.every_steps and run.step % config.eval.every_steps == 0)):
-            report.evaluation(run)
+            try:
+                report.evaluation(run)
+            except EvaclipError:
+                report.checkpoint(run)  # an evaluation set that is gone costs no training
+                raise
         if run.step % config.checkpoint.every_steps == 0 or last or asked:
             report.checkpoint(run)
         if asked and not last:
@@ -118,6 +122,7 @@ class Report:
                 "train/accuracy_text_to_image": output.text_to_image,
                 "train/grad_norm": optimizer.grad_norm,
                 "train/skipped_steps": (optimizer.consecutive_skips > 0).long(),
+                "train/consecutive_skips": optimizer.consecutive_skips,
                 "data/text_tokens": output.loss.new_full((), batch.text.tokens_per_caption),
             }
         )
@@ -148,10 +153,17 @@ class Report:
             values[f"data/passes/{name}"] = entry.passes
             values[f"data/delivered/{name}"] = entry.delivered
             values[f"data/skipped/{name}"] = sum(entry.skipped.values())
-        if self.history and self.progress:
-            self.progress.publish(self.history.write(run.step, run.samples, values))
+        with agreed(run.ranks), writing("metrics.jsonl"):
+            if self.history and self.progress:
+                self.progress.publish(self.history.write(run.step, run.samples, values))
         require_few_bad(accounts, config.data.max_bad_fraction)
-        self._require_progress(run)
+        most = config.train.max_consecutive_skipped_steps
+        if values["train/consecutive_skips"] >= most:
+            raise TrainingStoppedError(
+                f"the last {values['train/consecutive_skips']:.0f} updates were skipped because loss or gradient was "
+                f"not finite (train.max_consecutive_skipped_steps {most}); weights are those of the last good one; "
+                f"lower the learning rate or look at the data"
+            )
 
     def evaluation(self, run: Run) -> None:
         """Evaluate on all ranks and publish the results."""
@@ -170,29 +182,21 @@ class Report:
                 )
             )
             self.evaluated = {name: value for result in results for name, value in result}
-            if self.history:
-                self.history.write(run.step, run.samples, self.evaluated)
-                write_results(run.directory, results)
-                log.info("evaluation at step %d\n%s", run.step, format_table(results))
+            with agreed(run.ranks), writing("evaluation results"):
+                if self.history:
+                    self.history.write(run.step, run.samples, self.evaluated)
+                    write_results(run.directory, results)
+                    log.info("evaluation at step %d\n%s", run.step, format_table(results))
 
     def checkpoint(self, run: Run) -> None:
         """Save; afterwards the rows up to here are final and go to W&B."""
         with self.clock.paused():
-            if self.history:
-                self.history.seal(run.step)
+            with agreed(run.ranks), writing("metrics.jsonl"):
+                if self.history:
+                    self.history.seal(run.step)
             run.save(self.evaluated, self.meter.state())
             if self.history and self.tracker:
                 self.tracker.commit(self.history, run.step)
-
-    def _require_progress(self, run: Run) -> None:
-        most = run.config.train.max_consecutive_skipped_steps
-        skipped = int(run.engine.optimizer.consecutive_skips)
-        if skipped >= most:
-            raise TrainingStoppedError(
-                f"the last {skipped} updates were skipped because loss or gradient was not finite "
-                f"(train.max_consecutive_skipped_steps {most}); weights are those of the last good one; "
-                f"lower the learning rate or look at the data"
-            )
 
 
 def _accounts(run: Run) -> dict[str, SourceAccount]:
@@ -212,7 +216,7 @@ def _reporting(run: Run) -> Generator[Report]:
     clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(gpu))
     with ExitStack() as cleanup:
         report = Report(meter, clock, None, None, None, {})
-        with agreed(ranks):
+        with agreed(ranks), writing(f"run_dir {run.directory}"):
             if ranks.is_main:
                 report.history = History(run.directory / "metrics.jsonl")
                 cleanup.callback(report.history.close)

@@ -47,9 +47,9 @@ def save(folder, clip, weights=None):
     )
     if weights is None:
         weights = dict(clip.model.named_parameters()) | {"logit_scale": torch.tensor([3.0])}
-    nothing = {field.name: {} for field in fields(checkpoint.Progress)}
+    nothing = {field.name: {} for field in fields(checkpoint.RunState)}
     shapes = {name: list(value.shape) for name, value in weights.items()}
-    progress = checkpoint.Progress(**{**nothing, "step": 7, "shapes": shapes})
+    progress = checkpoint.RunState(**{**nothing, "step": 7, "shapes": shapes})
     entries = [checkpoint.Entry("weight", name, 0, value.detach().flatten()) for name, value in weights.items()]
     return checkpoint.save(Path(folder) / "checkpoints", config, progress, entries, Ranks())
 

@@ -13,7 +13,7 @@ import yaml
 from conftest import SYNTHETIC, colour_records, merged, tiny_tree
 
 from evaclip import cli
-from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.data.shards import write_shards
 
 REPOSITORY = Path(__file__).parents[1]
@@ -133,11 +133,11 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_weights(config, tmp_path, c
     process.wait()
     assert not (run / "checkpoints/step_00000030").exists()
     subprocess.run(command, env=environment(), check=True, stderr=subprocess.DEVNULL)
-    killed = Reader(find_checkpoint(run)).weights()
+    killed = CheckpointReader(find_checkpoint(run)).weights()
     subprocess.run(
         [*command, f"run_dir={tmp_path / 'straight'}"], env=environment(), check=True, stderr=subprocess.DEVNULL
     )
-    straight = Reader(find_checkpoint(tmp_path / "straight")).weights()
+    straight = CheckpointReader(find_checkpoint(tmp_path / "straight")).weights()
     assert all(torch.equal(killed[name], straight[name]) for name in straight)
 
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import shutil
@@ -6,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, TrainingStoppedError
 from evaclip.history import load_history
@@ -23,7 +24,7 @@ def rows(run_dir):
 
 
 def weights(run_dir):
-    return Reader(find_checkpoint(run_dir)).weights()
+    return CheckpointReader(find_checkpoint(run_dir)).weights()
 
 
 def assert_same_weights(first, second):
@@ -41,6 +42,8 @@ def test_10_and_10_steps_equal_20_bitwise(tmp_path, colour_shards, optim):
         _train_until(tmp_path / "broken", 13, source, **options)
     shutil.rmtree(tmp_path / "broken/checkpoints/step_00000013")  # as if killed after step 13: step 10 is the newest
     train(tiny_config(tmp_path / "broken", source, **options))
+    assert "continuing" in (tmp_path / "broken/log.txt").read_text()
+    assert "at step 10" in (tmp_path / "broken/log.txt").read_text()
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
     assert rows(tmp_path / "straight") == rows(tmp_path / "broken")
 
@@ -71,7 +74,13 @@ def test_loss_falls_on_learnable_data(tmp_path, colour_shards):
 
 def test_run_directory_holds_config_metrics_log_and_checkpoints(tmp_path):
     train(tiny_config(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+    }
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step_00000002", "step_00000004"}
     assert (tmp_path / "checkpoints/latest").read_text() == "step_00000004\n"
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
@@ -139,7 +148,7 @@ def test_fewer_records_than_a_batch_are_refused(tmp_path):
 
 def test_run_dir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be used: .*; choose a folder that can be written"):
+    with pytest.raises(ConfigError, match=r"cannot be written: .*; choose a folder that can be written"):
         train(tiny_config(tmp_path / "file" / "run"))
 
 
@@ -169,7 +178,7 @@ def test_16_bit_precisions_follow_fp32(tmp_path, precision):
 
 def test_fp16_halves_its_loss_scale_at_each_overflow_until_steps_apply(tmp_path):
     train(tiny_config(tmp_path, train__steps=10, train__precision="fp16", checkpoint__every_steps=10))
-    progress = Reader(find_checkpoint(tmp_path)).progress
+    progress = CheckpointReader(find_checkpoint(tmp_path)).state
     skipped = sum(row["train/skipped_steps"] for row in rows(tmp_path))
     assert 0 < skipped < 10  # gradients of a few hundred overflow at the initial 2**16
     assert progress.updates == 10 - skipped
@@ -188,3 +197,35 @@ def test_fixed_temperature_is_saved_and_restored(tmp_path):
     train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0))
     assert weights(tmp_path)["logit_scale"].item() == pytest.approx(math.log(100))
     train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0, train__steps=5))
+
+
+def test_evaluation_runs_at_the_start_at_its_steps_and_at_the_end(tmp_path, colour_shards):
+    shards = str(colour_shards / "00000.tar")
+    datasets = {"held": {"task": "loss", "path": shards}, "pairs": {"task": "retrieval", "path": shards, "limit": 8}}
+    options = {"eval__datasets": datasets, "eval__every_steps": 2, "eval__batch": 10}
+    train(tiny_config(tmp_path, **options, checkpoint__keep_best="eval/held/loss", checkpoint__best_is="min"))
+    evaluated = [row["step"] for row in rows(tmp_path) if "eval/held/loss" in row]
+    assert evaluated == [0, 2, 4]
+    assert all("eval/pairs/image_to_text_recall@1" in row for row in rows(tmp_path) if row["step"] in evaluated)
+    assert (tmp_path / "evaluation.json").is_file()
+    saved = CheckpointReader(find_checkpoint(tmp_path)).state.metrics
+    assert saved["eval/held/loss"] == rows(tmp_path)[-1]["eval/held/loss"]
+
+
+def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
+    gone = tmp_path / "gone.tar"
+    shutil.copy(colour_shards / "00000.tar", gone)
+    datasets = {"held": {"task": "loss", "path": str(gone)}}
+    options = {"eval__datasets": datasets, "eval__batch": 10, "eval__at_start": False, "checkpoint__every_steps": 100}
+    gone.unlink()
+    with pytest.raises(DataError, match=r"gone\.tar"):
+        train(tiny_config(tmp_path / "run", **options))
+    assert find_checkpoint(tmp_path / "run").name == "step_00000004"
+
+
+def test_a_second_process_is_kept_out_of_a_run_directory(tmp_path):
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process trains in run_dir"):
+            train(tiny_config(tmp_path))

@@ -46,7 +46,7 @@ NUM_RETRIEVAL = 300
 """Retrieval images with several captions each, all of different combinations."""
 NUM_VALIDATION = 512
 """Pairs for the validation loss: three scenes to one held-out digit."""
-RECORDS_PER_SHARD = 4000
+RECORDS_PER_SHARD = 3000
 
 
 def write_training(folder: Path, records: Iterable[dict[str, bytes]]) -> int:

@@ -209,17 +209,25 @@ def data_uri(image: bytes) -> str:
     return f"data:image;base64,{base64.b64encode(image).decode()}"
 
 
-def choose(count: int) -> list[int]:
-    """The records to show: random, and the same every time."""
-    return sorted(Random("samples").sample(range(count), min(SAMPLES, count)))  # noqa: S311  no secret
+def choose(numbers: Sequence[int]) -> list[int]:
+    """At most ``SAMPLES`` of some records: random, and the same every time."""
+    return sorted(Random("samples").sample(numbers, min(SAMPLES, len(numbers))))  # noqa: S311  no secret
 
 
-def classified_samples(dataset: ZeroShotDataset, found: Mapping[str, Any], index_dir: str | None) -> list[Sample]:
-    """Random records of a classification set with their predictions."""
+def groups(found: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
+    """All records of a classification, and those that it got wrong."""
+    pairs = enumerate(zip(found["labels"], found["predictions"], strict=True))
+    return range(len(found["labels"])), [number for number, (label, predicted) in pairs if label != predicted]
+
+
+def classified_samples(
+    dataset: ZeroShotDataset, found: Mapping[str, Any], numbers: Sequence[int], index_dir: str | None
+) -> list[Sample]:
+    """Records of a classification set with their predictions."""
     records = open_records(dataset, index_dir, Ranks())
     names: list[str] = found["class_names"]
     samples: list[Sample] = []
-    for number in choose(len(records)):
+    for number in numbers:
         label, predicted = found["labels"][number], found["predictions"][number]
         taken_for = names[predicted] if predicted >= 0 else "no finite score"
         uri = data_uri(image_bytes(records.read(number).members))
@@ -233,7 +241,7 @@ def retrieved_samples(
     """Random records of a retrieval set with the nearest of all its captions."""
     records = open_records(dataset, config.data.index_dir, Ranks())
     texts = [(number, text) for number, image in enumerate(captions) for text in image]
-    chosen = choose(len(records))
+    chosen = choose(range(len(records)))
     members = [records.read(number).members for number in chosen]
     pixels = [load_eval(image_bytes(found), max_pixels=config.data.max_image_pixels) for found in members]
     with torch.no_grad():
@@ -280,6 +288,7 @@ def make_report(run_dir: Path, requirements: Sequence[Requirement]) -> dict[str,
     predictions: dict[str, Any] = {}
     captions: dict[str, list[list[str]]] = {}
     samples: dict[str, list[Sample]] = {}
+    mistakes: dict[str, list[Sample]] = {}
     clip: Clip | None = None
     for name in evaluation:
         dataset = config.eval.datasets.get(name)
@@ -287,7 +296,10 @@ def make_report(run_dir: Path, requirements: Sequence[Requirement]) -> dict[str,
             raise DataError(f"evaluation.json has {name!r}, config.yaml has not; run evaclip evaluate {run_dir}")
         if isinstance(dataset, ZeroShotDataset):
             predictions[name] = json.loads((run_dir / "predictions" / f"{name}.json").read_text())
-            samples[name] = classified_samples(dataset, predictions[name], config.data.index_dir)
+            samples[name], mistakes[name] = (
+                classified_samples(dataset, predictions[name], choose(numbers), config.data.index_dir)
+                for numbers in groups(predictions[name])
+            )
         elif isinstance(dataset, RetrievalDataset):
             clip = clip or load(run_dir)
             records = open_records(dataset, config.data.index_dir, Ranks())
@@ -295,7 +307,7 @@ def make_report(run_dir: Path, requirements: Sequence[Requirement]) -> dict[str,
             samples[name] = retrieved_samples(dataset, captions[name], config, clip)
     summary = summarise(rows, evaluation, predictions, captions, requirements) | {"commands": commands(run_dir)}
     names = {name: found["class_names"] for name, found in predictions.items()}
-    text = page(str(run_dir), summary, names, samples, curves(rows, summary["evaluation"]))
+    text = page(str(run_dir), summary, names, samples, mistakes, curves(rows, summary["evaluation"]))
     (run_dir / "report.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     (run_dir / "report.html").write_text(text, encoding="utf-8")
     return summary

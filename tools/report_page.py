@@ -70,9 +70,9 @@ def curves(rows: Sequence[Row], evaluation: Mapping[str, Any]) -> str:
         for place, (heading, names) in enumerate(shown.items(), 1):
             axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, place)
             axes.set_title(heading, loc="left")
-            axes.set_xlabel("training samples")
+            axes.set_xlabel("thousands of training samples")
             for colour, (name, label) in zip(cycle(COLOURS), names.items(), strict=False):
-                points = [(row["samples"], row[name]) for row in rows if row.get(name) is not None]
+                points = [((row["samples"] or 0) / 1000, row[name]) for row in rows if row.get(name) is not None]
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, color=colour, label=label, marker="o" if len(points) < 30 else "", markersize=3)
                 dataset, _, metric = name.removeprefix("eval/").partition("/")
@@ -212,6 +212,7 @@ def page(
     summary: Mapping[str, Any],
     class_names: Mapping[str, Sequence[str]],
     samples: Mapping[str, Sequence[Sample]],
+    mistakes: Mapping[str, Sequence[Sample]],
     plots: str,
 ) -> str:
     """The whole page.
@@ -220,7 +221,8 @@ def page(
         run_dir: As it is to stand in the commands.
         summary: ``report.summarise``'s result, with ``commands``.
         class_names: Classification -> its classes.
-        samples: Set -> images to show.
+        samples: Set -> images drawn at random.
+        mistakes: Set -> images that were taken for something else.
         plots: ``curves``'s result.
     """
     missed = [verdict["name"] for verdict in summary["requirements"] if not verdict["passed"]]
@@ -242,6 +244,9 @@ def page(
         parts.append(f"<h2>Images: {html.escape(title(name))}</h2>")
         parts.append(f'<p class="note">{right} of {len(shown)} right; drawn at random, not chosen.</p>')
         parts.append(gallery(shown))
+        if mistakes.get(name):
+            parts.append(f"<h3>Mistakes, {len(mistakes[name])} shown</h3>")
+            parts.append(gallery(mistakes[name]))
     parts.append("<h2>Commands</h2>")
     for what, command in summary["commands"].items():
         parts.append(f"<p>{html.escape(what)}</p><pre>{html.escape(command)}</pre>")

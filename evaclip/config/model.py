@@ -107,7 +107,7 @@ class ModelConfig(Section):
         if not isinstance(given, Mapping):
             return given
         section = cast("Mapping[str, Any]", given)
-        if section.get("name") is None:
+        if not isinstance(section.get("name"), str):
             return section
         name = ALIASES.get(section["name"], section["name"])
         if name not in PRESETS:

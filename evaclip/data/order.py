@@ -266,7 +266,9 @@ class SlotCursor:
 
 
 def choose_slots(global_batch: int, world_size: int, wanted: int | None = None) -> int:
-    """Number of slots: ``wanted``, or the smallest fitting divisor of the global batch from 256 up.
+    """Number of slots: ``wanted``, or the smallest divisor of the global batch from 256 up (below that, the batch).
+
+    The default follows from the batch alone, so the order never depends on the ranks that happen to be there.
 
     Raises:
         ConfigError: The global batch, the slots or the ranks do not divide one another.
@@ -278,15 +280,15 @@ def choose_slots(global_batch: int, world_size: int, wanted: int | None = None) 
             f"train.global_batch {global_batch} cannot be divided among {world_size} ranks; "
             f"the nearest that can are {' and '.join(map(str, near))}"
         )
-    fitting = [d for d in range(world_size, global_batch + 1, world_size) if global_batch % d == 0]
-    if wanted is None:
-        return next((d for d in fitting if d >= 256), fitting[-1])
-    if wanted not in fitting:
+    slots = wanted or next(d for d in range(min(256, global_batch), global_batch + 1) if global_batch % d == 0)
+    if global_batch % slots or slots % world_size:
+        fitting = [d for d in range(world_size, global_batch + 1, world_size) if global_batch % d == 0]
         raise ConfigError(
-            f"data.slots {wanted} must divide train.global_batch {global_batch} and be a multiple of the "
-            f"{world_size} ranks; choose one of {', '.join(map(str, fitting))}"
+            f"data.slots {slots} must divide train.global_batch {global_batch} and be a multiple of the "
+            f"{world_size} ranks; a new run can have {', '.join(map(str, fitting[:12]))}, a continued one needs "
+            f"a number of ranks that divides {slots}"
         )
-    return wanted
+    return slots
 
 
 def slots_of_rank(slots: int, rank: int, world_size: int) -> range:

@@ -7,7 +7,7 @@ as used and the batch of step t depends neither on the number of workers nor on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Part(NamedTuple):
     """Of the worker's slots, behind this step."""
 
 
-class _SlotParts(IterableDataset[Part]):
+class _SlotParts(IterableDataset[Any]):
     """The parts of one worker's slots, one per step."""
 
     def __init__(
@@ -85,12 +85,16 @@ class _SlotParts(IterableDataset[Part]):
         self.plan, self.readers, self.slots, self.per_slot = plan, readers, slots, per_slot
         self.states, self.steps = states, steps
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[Part | DataError]:
         worker = get_worker_info()
         own = slots_of_worker(self.slots, worker.id, worker.num_workers) if worker else self.slots
         cursors = [SlotCursor(self.plan, slot, self.states.get(slot)) for slot in own]
         for _ in range(self.steps):
-            drawn = [self._next(cursor) for cursor in cursors for _ in range(self.per_slot)]
+            try:
+                drawn = [self._next(cursor) for cursor in cursors for _ in range(self.per_slot)]
+            except DataError as error:  # a worker's exception would arrive as a text with its stack trace
+                yield error
+                return
             samples, seeds = [sample for sample, _ in drawn], [seed for _, seed in drawn]
             yield Part(
                 torch.stack([sample.image for sample in samples]),
@@ -155,7 +159,11 @@ class Stream:
         for group in zip(*[parts] * max(1, self._workers), strict=True):
             yield self._join(group)
 
-    def _join(self, parts: Sequence[Part]) -> tuple[Batch, dict[int, SlotState]]:
+    def _join(self, parts: Sequence[Part | DataError]) -> tuple[Batch, dict[int, SlotState]]:
+        for part in parts:
+            if isinstance(part, DataError):
+                raise part
+        parts = cast("Sequence[Part]", parts)
         captions: list[list[int]] = []
         for part in parts:
             tokens = part.tokens.tolist()

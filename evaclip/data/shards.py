@@ -93,7 +93,10 @@ def expand(pattern: str | Sequence[str]) -> list[Path]:
     for text in patterns:
         if text.startswith("pipe:") or "://" in text:
             raise DataError(f"{text}: only local paths are read; copy or mount the shards first")
-    paths = [Path(url) for text in patterns for url in expand_urls(text)]
+    try:
+        paths = [Path(url) for text in patterns for url in expand_urls(text)]
+    except ValueError as error:
+        raise DataError(f"{patterns}: the braces do not match: {error}") from None
     if not paths:
         raise DataError(f"{patterns}: the list of shards is empty; name at least one tar")
     missing = [path for path in paths if not path.is_file()]

@@ -70,8 +70,11 @@ def layer_of(name: str, depth: int) -> int:
     """A tower parameter's layer: 0 for embeddings, then one per block, ``depth + 1`` for what follows them."""
     if match := re.match(r"blocks\.(\d+)\.", name):
         return int(match[1]) + 1
-    embeds = name.startswith(("patch_embed.", "token_embedding.")) or name in _UNDECAYED
-    return 0 if embeds else depth + 1
+    if name.startswith(("patch_embed.", "token_embedding.")) or name in _UNDECAYED:
+        return 0
+    if name.startswith(("norm.", "head.")) or name == "projection":
+        return depth + 1
+    raise ValueError(f"parameter {name} is in no layer; name its rule in optim/table.py")
 
 
 def describe(rows: Iterable[Row]) -> list[str]:

@@ -139,7 +139,7 @@ def test_sample_seeds_differ_by_pass_and_record():
 
 
 @pytest.mark.parametrize(
-    ("batch", "ranks", "slots"), [(256, 1, 256), (256, 2, 256), (1024, 1, 256), (768, 3, 384), (48, 4, 48)]
+    ("batch", "ranks", "slots"), [(256, 1, 256), (256, 2, 256), (1024, 1, 256), (768, 2, 256), (48, 4, 48)]
 )
 def test_default_slots_are_the_smallest_divisor_from_256_up(batch, ranks, slots):
     assert choose_slots(batch, ranks) == slots
@@ -150,8 +150,13 @@ def test_batch_that_ranks_cannot_divide_is_refused_with_the_nearest_choices():
         choose_slots(256, 3)
 
 
+def test_ranks_that_do_not_divide_the_slots_are_refused_instead_of_changing_the_order():
+    with pytest.raises(ConfigError, match=r"data\.slots 256 .* of the 3 ranks; a new run can have 3, 6, 12"):
+        choose_slots(768, 3)
+
+
 def test_slots_that_do_not_fit_are_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"data\.slots 6 must divide .* choose one of 4, 8, 16"):
+    with pytest.raises(ConfigError, match=r"data\.slots 6 must divide .* can have 4, 8, 16"):
         choose_slots(16, 4, 6)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
-from evaclip.checkpoint import Entry, Progress, Reader, find_checkpoint, save
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, find_checkpoint, save
 from evaclip.data.order import choose_slots
 from evaclip.data.pipeline import Stream, make_plan
 from evaclip.distributed import Ranks
@@ -45,14 +45,14 @@ def losses(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[
 def interrupted(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> bool:
     """Whether a run that loses its last checkpoint and is continued from the middle ends in the same weights."""
     train_on(ranks, tiny_config(folder, source, **options))
-    straight = Reader(find_checkpoint(folder)).weights()
+    straight = CheckpointReader(find_checkpoint(folder)).weights()
     before = load_history(folder / "metrics.jsonl") if ranks.is_main else []
     ranks.barrier()
     if ranks.is_main:
         shutil.rmtree(find_checkpoint(folder))
     ranks.barrier()
     train_on(ranks, tiny_config(folder, source, **options))
-    again = Reader(find_checkpoint(folder)).weights()
+    again = CheckpointReader(find_checkpoint(folder)).weights()
     after = load_history(folder / "metrics.jsonl") if ranks.is_main else []
     same_rows = [row["train/loss"] for row in before] == [row["train/loss"] for row in after]
     return same_rows and all(torch.equal(straight[name], again[name]) for name in straight)
@@ -171,12 +171,12 @@ def terminated(ranks: Ranks, folder: Path) -> list[str]:
 def failed_write(ranks: Ranks, folder: Path) -> list[str]:
     """The last rank cannot write its part: every rank is told, nothing is left, the older checkpoint stays."""
     config = tiny_config(folder)
-    progress = Progress(1, 16, 1, 1.0, 16, {}, {}, {"a": [4]}, {}, {}, {})
+    progress = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4]}, {}, {}, {})
     entries = [Entry("weight", "a", 0, torch.zeros(4))] if ranks.is_main else []
     save(folder, config, progress, entries, ranks)
     broken = [Entry("weight", "a", 0, _Unwritable())] if ranks.rank == ranks.world_size - 1 else []
     try:
-        save(folder, config, Progress(**{**progress.__dict__, "step": 2}), broken, ranks)
+        save(folder, config, RunState(**{**progress.__dict__, "step": 2}), broken, ranks)
     except CheckpointError as error:
         ranks.barrier()
         return [str(error), *sorted(path.name for path in folder.iterdir())]

@@ -127,9 +127,10 @@ def test_malformed_requirement_is_refused_with_an_example(capsys, text):
 # --------------------------------------------------------------------------------------------------------------- page
 
 
-def page(summary, samples=()):
+def page(summary, samples=(), mistakes=()):
     names = {"digits": DIGITS["class_names"]}
-    return report_page.page("runs/x", {**summary, "commands": {}}, names, {"digits": samples}, "<svg>PLOTS</svg>")
+    shown = {"digits": samples}, {"digits": mistakes}
+    return report_page.page("runs/x", {**summary, "commands": {}}, names, *shown, "<svg>PLOTS</svg>")
 
 
 def test_page_says_plainly_what_is_passed_and_what_is_not():
@@ -156,8 +157,10 @@ def test_page_marks_right_and_wrong_predictions_and_escapes_what_comes_from_data
         report_page.Sample("data:,", truth="nought", predicted="nought", right=True),
         report_page.Sample("data:,", truth="<one>", predicted='"&', right=False),
     ]
-    text = page(summarise(), samples)
+    text = page(summarise(), samples, samples[1:])
     assert "1 of 2 right" in text
+    assert "Mistakes, 1 shown" in text
+    assert text.count('"bad">wrong') == 2
     assert '<strong class="good">right</strong>: nought</figure>' in text
     assert '<strong class="bad">wrong</strong>: &quot;&amp;<br><span class="note">is: &lt;one&gt;</span>' in text
     assert "<one>" not in text
@@ -221,9 +224,9 @@ def run_dir(tmp_path):
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     (folder / "predictions/digits.json").write_text(json.dumps(DIGITS))
     weights = dict(evaclip.create_model(config.model).model.named_parameters()) | {"logit_scale": torch.ones(1)}
-    nothing = {field.name: {} for field in fields(checkpoint.Progress)}
+    nothing = {field.name: {} for field in fields(checkpoint.RunState)}
     shapes = {name: list(value.shape) for name, value in weights.items()}
-    progress = checkpoint.Progress(**{**nothing, "step": 2, "shapes": shapes})
+    progress = checkpoint.RunState(**{**nothing, "step": 2, "shapes": shapes})
     entries = [checkpoint.Entry("weight", name, 0, value.detach().flatten()) for name, value in weights.items()]
     checkpoint.save(folder / "checkpoints", config, progress, entries, Ranks())
     return folder
@@ -233,7 +236,8 @@ def test_report_is_written_and_names_images_captions_and_commands(run_dir, capsy
     assert report.main([str(run_dir), "--require", "digits.top1=0.75"]) == 0
     text = (run_dir / "report.html").read_text()
     images = [base64.b64encode(jpeg(shade)).decode() for shade in range(4)]
-    assert all(text.count(image) == 2 for image in images)  # once as a digit, once as a picture
+    # each once as a digit and once as a picture, and the second, which is taken for another digit, as a mistake
+    assert [text.count(image) for image in images] == [2, 3, 2, 2]
     assert "3 of 4 right" in text
     assert sum(f": {caption}<" in text for image in CAPTIONS["pictures"] for caption in image) >= 1
     for command in (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaclip import api
-from evaclip.checkpoint import Reader, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.distributed import started
 from evaclip.engine.prepare import PreparedTowers
 from evaclip.errors import ConfigError
@@ -39,7 +39,7 @@ def evaluate_checkpoint(
     """
     with started(need_group=False) as ranks:
         checkpoint = find_checkpoint(path)
-        config = Reader(checkpoint).config
+        config = CheckpointReader(checkpoint).config
         chosen = config.eval.datasets if datasets is None else dict(datasets)
         if not chosen:
             raise ConfigError(f"{checkpoint} names no datasets; give one with --dataset PATH")

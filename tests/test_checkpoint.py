@@ -1,0 +1,108 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from evaclip import checkpoint
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, save, set_aside, to_delete
+from evaclip.config import CheckpointConfig
+from evaclip.distributed import Ranks
+from evaclip.errors import CheckpointError
+
+
+def write(folder, step, value=0.0, metrics=None):
+    state = RunState(
+        step, 16 * step, step, 1.0, 16, {3: [[[0, 1, 2]], [5], []]}, {}, {"a": [2, 3]}, metrics or {}, {}, {}
+    )
+    values = torch.full((6,), value)
+    return save(folder, tiny_config(folder / "run"), state, [Entry("weight", "a", 0, values)], Ranks())
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "current", "gone"),
+    [
+        ([10, 20, 30], {"keep_last": 2}, 30, [10]),
+        ([10, 20, 30], {"keep_last": 1, "keep_every_steps": 10}, 30, []),
+        ([10, 20, 30, 40], {"keep_last": 1, "keep_every_steps": 20}, 40, [10, 30]),
+        ([20, 25, 30], {"keep_last": 1}, 25, [20]),  # 30 is newer and may be damaged: 25 stays
+        ([10], {"keep_last": 1}, 10, []),
+        ([], {"keep_last": 1}, None, []),
+    ],
+)
+def test_retention_keeps_the_newest_the_multiples_and_the_current(steps, options, current, gone):
+    assert to_delete([(step, None) for step in steps], CheckpointConfig(**options), current) == gone
+
+
+@pytest.mark.parametrize(("best_is", "gone"), [("max", [10, 30]), ("min", [20, 30])])
+def test_retention_keeps_the_best_by_its_metric_and_ignores_what_is_not_finite(best_is, gone):
+    scores = [(10, 0.1), (20, 0.9), (30, math.nan), (40, None)]
+    config = CheckpointConfig(keep_last=1, keep_best="eval/x/top1", best_is=best_is)
+    assert to_delete(scores, config, 40) == gone
+
+
+def test_state_and_tensors_survive(tmp_path):
+    path = write(tmp_path, 7, 1.5, {"eval/x/top1": 0.25})
+    reader = CheckpointReader(path)
+    assert (reader.state.step, reader.state.slot_states, reader.state.metrics) == (
+        7, {3: [[[0, 1, 2]], [5], []]}, {"eval/x/top1": 0.25},
+    )  # fmt: skip
+    assert reader.weights()["a"].tolist() == [[1.5] * 3] * 2
+    assert (tmp_path / "latest").read_text() == "step_00000007\n"
+
+
+def test_any_run_of_elements_is_put_together_from_any_parts(tmp_path):
+    state = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [6]}, {}, {}, {})
+    values = torch.arange(6.0)
+    entries = [Entry("weight", "a", 0, values[:2]), Entry("weight", "a", 2, values[2:])]
+    reader = CheckpointReader(save(tmp_path, tiny_config(tmp_path / "run"), state, entries, Ranks()))
+    wanted = torch.empty(3)
+    reader.fill(Entry("weight", "a", 1, wanted))
+    assert wanted.tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(CheckpointError, match="exp_avg of a is incomplete"):
+        reader.fill(Entry("exp_avg", "a", 0, wanted))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete", "meta", "no parts"])
+def test_damage_is_seen_named_and_set_aside(tmp_path, harm):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    part, meta = path / "part_00000.safetensors", path / "meta.json"
+    content = bytearray(part.read_bytes())
+    if harm == "flip":
+        content[-1] ^= 1
+        part.write_bytes(content)
+    elif harm == "cut":
+        part.write_bytes(content[:-1])
+    elif harm == "delete":
+        part.unlink()
+    elif harm == "meta":
+        meta.write_text(meta.read_text()[:100])
+    else:
+        meta.write_text(json.dumps({"format": checkpoint.FORMAT}))
+    assert damage(path)
+    intact, problems = newest_intact(tmp_path)
+    assert intact is not None
+    assert intact.name == "step_00000001"
+    assert len(problems) == 1
+    assert set_aside(tmp_path) == problems
+    assert not path.exists()
+    assert newest_intact(tmp_path) == (intact, [])
+
+
+def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
+    write(tmp_path, 1)
+    for name in (".step_00000002.tmp", ".step_00000000.deleted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_backup").mkdir()
+    set_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_backup"]
+
+
+def test_checkpoint_of_another_format_is_refused(tmp_path):
+    path = write(tmp_path, 1)
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({**meta, "format": 99}))
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+        CheckpointReader(path)
