@@ -90,7 +90,7 @@ class Run:
         """Write a checkpoint of this step and delete what the retention rule lets go."""
         gathered = self.ranks.gather_objects(self.slot_states or {})
         optimizer = self.engine.optimizer
-        progress = checkpoint.RunState(
+        state = checkpoint.RunState(
             step=self.step,
             samples=self.samples,
             updates=int(optimizer.updates),
@@ -113,14 +113,19 @@ class Run:
                 entries.append(checkpoint.Entry(kind, piece.row.name, piece.start, values))
         if self.ranks.is_main and not self.loss.logit_scale.requires_grad:
             entries.append(checkpoint.Entry("weight", "logit_scale", 0, self.loss.logit_scale))
-        path = checkpoint.save(self.directory / "checkpoints", self.config, progress, entries, self.ranks)
+        path = checkpoint.save(self.directory / "checkpoints", self.config, state, entries, self.ranks)
         if self.ranks.is_main:
             checkpoint.delete_old(path.parent, self.config.checkpoint, self.step)
         log.info("saved %s", path)
 
     @cached_property
     def _versions(self) -> dict[str, str]:
-        return {"evaclip": _commit(), "torch": torch.__version__, "python": platform.python_version()}
+        return {
+            "evaclip": _commit(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "ranks": str(self.ranks.world_size),
+        }
 
 
 def open_run(config: RunConfig, ranks: Ranks) -> Run:
@@ -248,18 +253,18 @@ def _load_weights(reader: checkpoint.CheckpointReader, clip: CLIP, loss: Contras
 
 
 def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
-    """Fill masters and moments, whatever their layout, and take up progress."""
+    """Fill masters and moments, whatever their layout, and take up where the run stood."""
     optimizer = run.engine.optimizer
     for piece in optimizer.local_pieces():
         for kind, values in (("weight", piece.weight), ("exp_avg", piece.exp_avg), ("exp_avg_sq", piece.exp_avg_sq)):
             reader.fill(checkpoint.Entry(kind, piece.row.name, piece.start, values))
     run.engine.refresh_weights()
-    progress = reader.state
-    optimizer.updates.fill_(progress.updates)
-    optimizer.grad_scale.fill_(progress.grad_scale)
-    run.step = progress.step
-    run.meter_state = progress.meter
-    run.slot_states = {slot: SlotState.parse(state) for slot, state in progress.slot_states.items()}
+    state = reader.state
+    optimizer.updates.fill_(state.updates)
+    optimizer.grad_scale.fill_(state.grad_scale)
+    run.step = state.step
+    run.meter_state = state.meter
+    run.slot_states = {slot: SlotState.parse(state) for slot, state in state.slot_states.items()}
 
 
 def _describe(run: Run, reader: checkpoint.CheckpointReader | None) -> None:

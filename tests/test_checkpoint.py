@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from evaclip import checkpoint
 from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, save, set_aside, to_delete

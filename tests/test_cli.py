@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SYNTHETIC, colour_records, merged, tiny_tree
+from tiny import SYNTHETIC, colour_records, merged, tiny_tree
 
 from evaclip import cli
 from evaclip.checkpoint import CheckpointReader, find_checkpoint

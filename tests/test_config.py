@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SYNTHETIC, merged, tiny_tree
+from tiny import SYNTHETIC, merged, tiny_tree
 
 from evaclip import config_file
 from evaclip.config import AdamWConfig, LambConfig, RunConfig

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.distributed import Ranks

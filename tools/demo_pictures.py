@@ -1,6 +1,6 @@
 """The demo's pictures and captions: rendered scenes and handwritten digits.
 
-A scene is one shape with a colour, a size, a position and a background. About one combination in eight is never
+A scene is one shape with a colour, a size, a position and a background. One combination in eight is never
 trained on, while every pair of attribute values is. Digits are scikit-learn's ``load_digits`` (real handwriting, 1,797
 images of 8 x 8), placed on canvases of many sizes; a fifth of the handwritten images is held out. All randomness comes
 from the generator that a function is given, or from a fixed name. Which sets are written, ``make_demo_data`` decides.
@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from random import Random
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Scene(NamedTuple):
 
 WORDS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "size": (("small", "little", "tiny"), ("large", "big", "huge")),
-    "colour": (("red",), ("green",), ("blue",), ("yellow",), ("purple", "violet"), ("cyan", "turquoise")),
+    "colour": (("red",), ("green",), ("blue",), ("yellow",)),
     "shape": (("circle", "disc"), ("ring", "hoop"), ("triangle",), ("cross", "plus sign"), ("bar", "stripe")),
     "position": (
         ("in the middle", "in the centre", "at the center"),
@@ -72,7 +73,7 @@ WORDS: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("at the top", "near the top", "in the upper part"),
         ("at the bottom", "near the bottom", "in the lower part"),
     ),
-    "background": (("black",), ("navy",), ("brown",)),
+    "background": (("black",), ("brown",)),
 }
 """Attribute -> its values, each a tuple of synonyms; none begins with a vowel where it may follow "a"."""
 
@@ -106,10 +107,8 @@ INK: Mapping[str, Colour] = {
     "green": (60, 215, 80),
     "blue": (90, 130, 255),
     "yellow": (250, 230, 60),
-    "purple": (215, 90, 240),
-    "cyan": (80, 235, 245),
 }
-GROUND: Mapping[str, Colour] = {"black": (12, 12, 12), "navy": (18, 18, 75), "brown": (78, 36, 18)}
+GROUND: Mapping[str, Colour] = {"black": (12, 12, 12), "brown": (78, 36, 18)}
 
 _ARM, _HALF = 1.2, 0.28  # length and half the width of a cross's arm, in radii
 OUTLINES: Mapping[str, tuple[tuple[float, float], ...]] = {
@@ -125,14 +124,24 @@ OUTLINES: Mapping[str, tuple[tuple[float, float], ...]] = {
 HOLE = 0.6  # inner radius of a ring
 
 
-def all_scenes() -> list[Scene]:
+@cache
+def all_scenes() -> tuple[Scene, ...]:
     """Every combination, in the order of the class names."""
-    return [Scene(*(words[0] for words in values)) for values in itertools.product(*WORDS.values())]
+    return tuple(Scene(*(words[0] for words in values)) for values in itertools.product(*WORDS.values()))
 
 
-def is_unseen(scene: Scene) -> bool:
-    """Whether a combination is kept out of training."""
-    return Random(f"combination {scene.class_name}").randrange(UNSEEN) == 0
+@cache
+def unseen_scenes() -> frozenset[Scene]:
+    """The combinations that are never trained on."""
+    scenes = all_scenes()
+    return frozenset(Random("unseen combinations").sample(scenes, len(scenes) // UNSEEN))
+
+
+def seen_scenes(order: str) -> list[Scene]:
+    """The combinations that are trained on, in the random order of that name."""
+    scenes = [scene for scene in all_scenes() if scene not in unseen_scenes()]
+    Random(order).shuffle(scenes)
+    return scenes
 
 
 def scene_caption(scene: Scene, rng: Random, template: str) -> str:
@@ -183,8 +192,7 @@ def jitter(colour: Colour, amount: int, rng: Random) -> Colour:
 
 def training_scenes(count: int) -> Iterator[dict[str, bytes]]:
     """Training records, the seen combinations in turn."""
-    seen = [scene for scene in all_scenes() if not is_unseen(scene)]
-    Random("order of the combinations").shuffle(seen)
+    seen = seen_scenes("training")
     for number in range(count):
         yield scene_pair(seen[number % len(seen)], Random(f"training scene {number}"))
 
@@ -194,11 +202,11 @@ def scene_pair(scene: Scene, rng: Random) -> dict[str, bytes]:
     return pair(render_scene(scene, rng), scene_caption(scene, rng, rng.choice(SCENE_CAPTIONS)))
 
 
-def unseen_scenes(per_combination: int) -> Iterator[dict[str, bytes]]:
-    """Test images of the combinations that training never shows, labelled among all."""
-    for label, scene in enumerate(all_scenes()):
-        for number in range(per_combination if is_unseen(scene) else 0):
-            image = render_scene(scene, Random(f"unseen scene {label} {number}"))
+def test_scenes(per_combination: int) -> Iterator[dict[str, bytes]]:
+    """Images of the combinations that training never shows, labelled among all."""
+    for number, (label, scene) in itertools.product(range(per_combination), enumerate(all_scenes())):
+        if scene in unseen_scenes():
+            image = render_scene(scene, Random(f"test scene {label} {number}"))
             yield {"jpg": jpeg(image), "cls": str(label).encode()}
 
 
@@ -297,8 +305,7 @@ def test_digits(digits: Sequence[Handwriting]) -> Iterator[dict[str, bytes]]:
 
 def validation_pairs(digits: Sequence[Handwriting], count: int) -> Iterator[dict[str, bytes]]:
     """Held-out pairs of the kinds that are trained on: new scenes of seen combinations, and held-out digits."""
-    seen = [scene for scene in all_scenes() if not is_unseen(scene)]
-    Random("validation").shuffle(seen)
+    seen = seen_scenes("validation")
     for number in range(count):
         rng = Random(f"validation pair {number}")
         if number % 4 == 0:

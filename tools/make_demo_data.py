@@ -23,10 +23,10 @@ from demo_pictures import (
     DIGITS,
     SCENE_TEMPLATES,
     all_scenes,
-    is_unseen,
     load_handwriting,
     retrieval_scenes,
     test_digits,
+    test_scenes,
     training_digits,
     training_scenes,
     unseen_scenes,
@@ -40,7 +40,7 @@ NUM_SCENES = 12_000
 """Training scenes."""
 RENDERINGS = 6
 """Training renderings of each handwritten digit."""
-UNSEEN_PER_COMBINATION = 4
+UNSEEN_PER_COMBINATION = 8
 """Test images of each combination that is never trained on."""
 NUM_RETRIEVAL = 300
 """Retrieval images with several captions each, all of different combinations."""
@@ -86,8 +86,7 @@ def write_all(out: Path, scale: float) -> dict[str, int]:
     training, held_out = load_handwriting()
     training, held_out = training[: share(len(training))], held_out[: share(len(held_out))]
     names = [scene.class_name for scene in all_scenes()]
-    unseen = unseen_scenes(UNSEEN_PER_COMBINATION)
-    unseen = itertools.islice(unseen, share(sum(map(is_unseen, all_scenes())) * UNSEEN_PER_COMBINATION))
+    unseen = itertools.islice(test_scenes(UNSEEN_PER_COMBINATION), share(UNSEEN_PER_COMBINATION * len(unseen_scenes())))
     evaluation = out / "eval"
     return {
         "digits/train": write_training(out / "digits/train", training_digits(training, RENDERINGS)),

@@ -26,6 +26,7 @@ from report_page import Sample, curves, page
 
 from evaclip import config_file
 from evaclip.api import Clip, load
+from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.config import IMAGE_KEYS, RetrievalDataset, RunConfig, ZeroShotDataset
 from evaclip.data.images import load_eval
 from evaclip.distributed import Ranks
@@ -261,13 +262,15 @@ def retrieved_samples(
 
 
 def commands(run_dir: Path) -> dict[str, str]:
-    """What to type to do it again."""
+    """What to type to do it again, in the repository with its environment active."""
     config = run_dir / "config.yaml"
+    ranks = CheckpointReader(find_checkpoint(run_dir)).state.versions["ranks"]
+    train = f"OMP_NUM_THREADS=1 launch/local.sh {ranks}"
     return {
         "Repeat the run from the start, elsewhere; the same machine gives the same numbers:": (
-            f"evaclip train {config} run_dir={run_dir}-again"
+            f"{train} {config} run_dir={run_dir}-again"
         ),
-        "Resume it, if it was interrupted, from its newest checkpoint:": f"evaclip train {config}",
+        "Resume it, if it was interrupted, from its newest checkpoint:": f"{train} {config}",
         "Evaluate its newest checkpoint on its own sets:": f"evaclip evaluate {run_dir}",
         "Make this report again:": f"python tools/report.py {run_dir}",
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from tiny import tiny_config
 
 from evaclip.checkpoint import CheckpointReader, Entry, RunState, find_checkpoint, save
 from evaclip.data.order import choose_slots
