@@ -214,9 +214,8 @@ def all_cases(shards: str, damaged: str) -> dict[str, Any]:
         cases[f"losses_{engine}_bf16_weights"] = partial(
             losses, source=source, options={**ENGINES[engine], **SHORT, "train__precision": "bf16_weights"}
         )
-    cases["losses_zero2_bf16"] = partial(
-        losses, source=source, options={**ENGINES["zero2"], "train__precision": "bf16"}
-    )
+    autocast = {**ENGINES["zero2"], **SHORT, "train__precision": "bf16"}
+    cases["losses_zero2_bf16"] = partial(losses, source=source, options=autocast)
     cases["losses_torch_short"] = partial(losses, source=source, options=SHORT)
     cases["losses_torch_lamb"] = partial(losses, source=source, options={**SHORT, "optim__name": "lamb"})
     for engine, options in ENGINES.items():
