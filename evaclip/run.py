@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -189,22 +190,22 @@ def _make_directory(config: RunConfig, ranks: Ranks) -> None:
             log_setup(None, ranks.rank)
 
 
-_locks: dict[Path, IO[bytes]] = {}
+_locks: dict[Path, int] = {}  # descriptors that stay open as long as the process
 
 
 def _lock(directory: Path) -> None:
     """Keep a second process out of a run directory; the system lets go of the lock when this process ends."""
     if directory.resolve() in _locks:
         return
-    file = (directory / ".lock").open("ab")
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(descriptor)
         raise ConfigError(
             f"another process trains in run_dir {directory}; wait for it or end it, or choose another run_dir"
         ) from None
-    _locks[directory.resolve()] = file
+    _locks[directory.resolve()] = descriptor
 
 
 def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader | None:

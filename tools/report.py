@@ -264,7 +264,7 @@ def retrieved_samples(
 def commands(run_dir: Path) -> dict[str, str]:
     """What to type to do it again, in the repository with its environment active."""
     config = run_dir / "config.yaml"
-    ranks = CheckpointReader(find_checkpoint(run_dir)).state.versions["ranks"]
+    ranks = CheckpointReader(find_checkpoint(run_dir)).state.versions.get("ranks", "1")
     train = f"OMP_NUM_THREADS=1 launch/local.sh {ranks}"
     return {
         "Repeat the run from the start, elsewhere; the same machine gives the same numbers:": (
