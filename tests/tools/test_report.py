@@ -241,8 +241,8 @@ def test_report_is_written_and_names_images_captions_and_commands(run_dir, capsy
     assert "3 of 4 right" in text
     assert sum(f": {caption}<" in text for image in CAPTIONS["pictures"] for caption in image) >= 1
     for command in (
-        f"evaclip train {run_dir}/config.yaml run_dir={run_dir}-again",
-        f"evaclip train {run_dir}/config.yaml<",
+        f"launch/local.sh 1 {run_dir}/config.yaml run_dir={run_dir}-again",
+        f"launch/local.sh 1 {run_dir}/config.yaml<",
         f"evaclip evaluate {run_dir}",
     ):
         assert command in text
