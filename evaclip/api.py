@@ -108,7 +108,7 @@ def create_model(name_or_config: str | ModelConfig, *, seed: int = 0, device: to
     """A model with random weights.
 
     Args:
-        name_or_config: A named model (``EVA02-CLIP-B-16``; ``evaclip models`` lists them) or a configuration.
+        name_or_config: A named model (``EVA02-CLIP-B-16``; a wrong name lists all) or a configuration.
         seed: Of the weights.
         device: Where they go.
 

@@ -1,9 +1,10 @@
 """Checkpoints: a folder that is whole or does not exist, readable at any world size and by any engine.
 
-``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, checksums), ``config.yaml`` and one
-safetensors file per rank. An entry of such a file is a run of one parameter's elements, ``weight/NAME@START``,
-``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once, and a reader puts together what it
-needs. Files are written under a temporary name, flushed and checksummed (xxh3); the rename of the folder comes last.
+``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, the parts' checksums and its own),
+``config.yaml`` and one safetensors file per rank. An entry of such a file is a run of one parameter's elements,
+``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once, and a
+reader puts together what it needs. Files are written under a temporary name, flushed and checksummed (xxh3); the
+rename of the folder comes last.
 """
 
 # safetensors leaves parts of its interface untyped:
@@ -35,7 +36,6 @@ from evaclip.distributed import Ranks, agreed
 from evaclip.errors import CheckpointError, ConfigError
 
 FORMAT = 1
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 class Entry(NamedTuple):
@@ -96,7 +96,7 @@ def save(folder: Path, config: RunConfig, state: RunState, entries: Iterable[Ent
             if ranks.is_main:
                 _write(temporary / "config.yaml", dump(config))
                 meta = {"format": FORMAT, **asdict(state), "config": config.model_dump(mode="json"), "parts": parts}
-                _write(temporary / "meta.json", json.dumps(meta))
+                _write(temporary / "meta.json", json.dumps({**meta, "xxh3": _meta_checksum(meta)}))
                 _flush(temporary)
                 if final.exists():  # a run that was cut back may write a step again
                     shutil.rmtree(final)
@@ -146,6 +146,10 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _meta_checksum(meta: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(meta).encode())
 
 
 def _checksum(path: Path) -> str:
@@ -199,6 +203,8 @@ def _read_meta(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}/meta.json cannot be read: {error}") from None
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}")
+    if meta.pop("xxh3", None) != _meta_checksum(meta):
+        raise CheckpointError(f"{checkpoint}/meta.json differs from its checksum")
     return meta
 
 
@@ -283,10 +289,6 @@ class CheckpointReader:
                 kind, _, rest = str(key).partition("/")
                 name, _, start = rest.rpartition("@")
                 self._runs.setdefault((kind, name), []).append((int(start), part, str(key)))
-
-    def has(self, kind: str, name: str) -> bool:
-        """Whether anything of a tensor was saved."""
-        return (kind, name) in self._runs
 
     def fill(self, entry: Entry) -> None:
         """Copy a run of elements out of whatever runs were saved.

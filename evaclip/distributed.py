@@ -18,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip.errors import EvaclipError
+from evaclip.errors import ConfigError, EvaclipError
+
+_TIMEOUT = timedelta(minutes=30)
+"""How long a collective may take before the run fails."""
 
 T = TypeVar("T")
 
@@ -114,17 +117,25 @@ def _free_port() -> int:
 
 
 @contextmanager
-def started(*, need_group: bool, timeout_seconds: float = 1800) -> Generator[Ranks]:
+def started(*, need_group: bool) -> Generator[Ranks]:
     """Join the process group that torchrun describes in the environment; leave it at the end.
 
     Args:
         need_group: Make a group even on one rank (DeepSpeed wants one).
-        timeout_seconds: How long a collective may take before the run fails.
+
+    Raises:
+        ConfigError: There are more processes than GPUs.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local} of this machine finds no GPU of its own, there are {torch.cuda.device_count()}; "
+                f"start at most one process per GPU"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world_size == 1 and not need_group:
         yield Ranks(device=device)
@@ -133,7 +144,7 @@ def started(*, need_group: bool, timeout_seconds: float = 1800) -> Generator[Ran
         alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update({**alone, "LOCAL_RANK": "0"})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield Ranks(rank, world_size, device)
     finally:

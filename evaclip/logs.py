@@ -40,6 +40,9 @@ class _ConsoleFormatter(logging.Formatter):
 class _RunFileHandler(logging.FileHandler):
     """Appends to the run's ``log.txt``."""
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """A disk that is full costs lines of the file; the console has them."""
+
 
 def log_setup(run_dir: Path | None, rank: int = 0) -> None:
     """Send this process's log where it belongs; a second call replaces what the first one set up.

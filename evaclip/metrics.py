@@ -54,6 +54,18 @@ METRICS: dict[str, Metric] = {
 }
 """Every metric of a run; a word in capitals stands for a name from the configuration or the evaluation."""
 
+RECALL_AT = (1, 5, 10)
+"""Among how many nearest candidates retrieval looks for a match."""
+
+EVAL_METRICS: dict[str, tuple[str, ...]] = {
+    "zero_shot": ("top1", "top5", "mean_per_class"),
+    "retrieval": tuple(
+        f"{direction}_recall@{k}" for direction in ("image_to_text", "text_to_image") for k in RECALL_AT
+    ),
+    "loss": ("loss",),
+}
+"""Evaluation task -> the METRIC of ``eval/DATASET/METRIC``, in the order they are published."""
+
 _PATTERNS = {re.compile(re.sub("[A-Z]+", ".+", name)): metric for name, metric in METRICS.items()}
 
 

@@ -194,13 +194,16 @@ _locks: dict[Path, int] = {}  # descriptors that stay open as long as the proces
 
 
 def _lock(directory: Path) -> None:
-    """Keep a second process out of a run directory; the system lets go of the lock when this process ends."""
+    """Keep a second process out of a run directory; the system lets go of the lock when this process ends.
+
+    A record lock (``lockf``), because data workers would inherit one of ``flock`` and hold it after a killed parent.
+    """
     if directory.resolve() in _locks:
         return
     descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         os.close(descriptor)
         raise ConfigError(
             f"another process trains in run_dir {directory}; wait for it or end it, or choose another run_dir"

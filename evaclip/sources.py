@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
@@ -41,9 +42,11 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
             reader = SyntheticReader(size, config.model.text.context_length)
             opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
             continue
-        shards = ShardSet(expand(source.shards), config.data.index_dir)
-        facts = _count(name, shards, config.data, ranks)
+        with agreed(ranks):
+            paths = expand(source.shards)
+        facts = _count(name, paths, config.data, ranks)
         _require_members(name, source, facts)
+        shards = ShardSet(paths, config.data.index_dir, [fact.digest for fact in facts])
         reader = ShardReader(
             shards, source.captions, config.data.augment, size, config.data.max_image_pixels, tokenizer
         )
@@ -52,8 +55,8 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     return opened
 
 
-def _count(name: str, shards: ShardSet, data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
-    mine = shards.paths[ranks.rank :: ranks.world_size]
+def _count(name: str, paths: Sequence[Path], data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
+    mine = paths[ranks.rank :: ranks.world_size]
     quiet = not (ranks.is_main and sys.stderr.isatty())
     facts: list[ShardFacts] = []
     with agreed(ranks):
@@ -61,7 +64,7 @@ def _count(name: str, shards: ShardSet, data: DataConfig, ranks: Ranks) -> list[
             index = ensure_index(path, data.index_dir)
             facts.append(ShardFacts(index.num_records, index.digest, index.extensions))
     gathered = ranks.gather_objects(facts)
-    return [gathered[number % ranks.world_size][number // ranks.world_size] for number in range(len(shards.paths))]
+    return [gathered[number % ranks.world_size][number // ranks.world_size] for number in range(len(paths))]
 
 
 def _require_members(name: str, source: ShardSource, facts: Sequence[ShardFacts]) -> None:

@@ -64,7 +64,7 @@ def test_any_run_of_elements_is_put_together_from_any_parts(tmp_path):
         reader.fill(Entry("exp_avg", "a", 0, wanted))
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "delete", "meta", "no parts"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete", "meta", "number", "no parts"])
 def test_damage_is_seen_named_and_set_aside(tmp_path, harm):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
@@ -79,6 +79,8 @@ def test_damage_is_seen_named_and_set_aside(tmp_path, harm):
         part.unlink()
     elif harm == "meta":
         meta.write_text(meta.read_text()[:100])
+    elif harm == "number":
+        meta.write_text(meta.read_text().replace('"step": 2', '"step": 3'))
     else:
         meta.write_text(json.dumps({"format": checkpoint.FORMAT}))
     assert damage(path)

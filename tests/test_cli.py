@@ -114,6 +114,31 @@ def test_evaluate_measures_a_dataset_and_writes_results(config, capsys, tmp_path
     assert (tmp_path / "out/evaluation.json").is_file()
 
 
+FULL_DISK = """
+mount -t tmpfs -o size=30m none "$1" && mkdir "$1/run" || exit 99
+"$2" -m evaclip train "$3" run_dir="$1/run"
+echo "exit $?" $(ls "$1/run/checkpoints")
+mount -o remount,size=100m "$1"
+"$2" -m evaclip train "$3" run_dir="$1/run"
+echo "exit $?" $(ls "$1/run/checkpoints")
+"""
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact_and_space_lets_it_go_on(config, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # a checkpoint has 19 MB: the second one does not fit
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", disk, sys.executable]
+    done = subprocess.run([*command, config()], env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr}")
+    assert done.stdout.splitlines() == ["exit 1 latest step_00000002", "exit 0 latest step_00000002 step_00000004"]
+    assert "the checkpoint could not be written" in done.stderr
+    assert "free disk space" in done.stderr
+    assert "at step 2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def environment():
     return {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}, "OMP_NUM_THREADS": "1"}
 

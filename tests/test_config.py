@@ -153,7 +153,20 @@ def test_unknown_model_names_are_refused_with_the_list():
         ),
         ({"engine__name": "deepspeed", "train__precision": "fp16"}, "fp16 runs on engine.name torch only"),
         ({"eval__every_steps": 5}, r"eval\.every_steps is set, but eval\.datasets is empty"),
-        ({"checkpoint__keep_best": "eval/digits/top1"}, "names no dataset of eval.datasets"),
+        ({"checkpoint__keep_best": "eval/digits/top1"}, "is no metric of eval.datasets; there are none"),
+        (
+            {"checkpoint__keep_best": "eval/d/top", "eval__datasets": {"d": {"path": "p"}}},
+            "eval/d/top is no metric of eval.datasets; there are eval/d/top1, eval/d/top5, eval/d/mean_per_class",
+        ),
+        (
+            {
+                "checkpoint__keep_best": "eval/d/top1",
+                "checkpoint__every_steps": 3,
+                "eval__datasets": {"d": {"path": "p"}},
+                "eval__every_steps": 2,
+            },
+            r"one of checkpoint\.every_steps 3 and eval\.every_steps 2 must be a multiple of the other",
+        ),
         ({"optim__name": "lamb", "optim__weight_decay": 0.0}, "would be plain Adam"),
         ({"model__image__patch_size": 5}, "image_size 16 is not a multiple of patch_size 5"),
         ({"model__image__heads": 5}, "width 32 is not a multiple of heads 5"),

@@ -1,13 +1,16 @@
-import fcntl
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny import tiny_config
 
-from evaclip.checkpoint import CheckpointReader, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, TrainingStoppedError
 from evaclip.history import load_history
@@ -105,22 +108,24 @@ def test_another_model_or_data_order_is_refused_with_the_difference(tmp_path):
         train(tiny_config(tmp_path, model__embed_dim=24, seed=1))
 
 
-def test_other_content_of_a_source_is_refused(tmp_path):
-    train(tiny_config(tmp_path))
-    meta = tmp_path / "checkpoints/step_00000004/meta.json"
-    saved = json.loads(meta.read_text())
-    saved["digests"]["tiny"] = "other"
-    meta.write_text(json.dumps(saved))
+def test_other_content_of_a_source_is_refused(tmp_path, colour_shards):
+    shard = tmp_path / "colours.tar"
+    shutil.copy(colour_shards / "00000.tar", shard)
+    source = {"shards": str(shard)}
+    train(tiny_config(tmp_path / "run", source))
+    shutil.copy(colour_shards / "00001.tar", shard)
+    (tmp_path / "colours.tar.index.npz").unlink()
     with pytest.raises(CheckpointError, match="source tiny holds other records"):
-        train(tiny_config(tmp_path, train__steps=6))
+        train(tiny_config(tmp_path / "run", source, train__steps=6))
 
 
 def test_checkpoint_of_another_model_is_refused_by_its_first_difference(tmp_path):
     train(tiny_config(tmp_path))
-    meta = tmp_path / "checkpoints/step_00000004/meta.json"
-    saved = json.loads(meta.read_text())
-    saved["shapes"]["image.head.weight"] = [24, 32]
-    meta.write_text(json.dumps(saved))
+    path = tmp_path / "checkpoints/step_00000004/meta.json"
+    meta = json.loads(path.read_text())
+    meta["shapes"]["image.head.weight"] = [24, 32]
+    meta.pop("xxh3")
+    path.write_text(json.dumps({**meta, "xxh3": _meta_checksum(meta)}))
     with pytest.raises(CheckpointError, match=r"(?s)another model.*image\.head\.weight: \[24, 32\] in the checkpoint"):
         train(tiny_config(tmp_path, train__steps=6))
 
@@ -223,9 +228,19 @@ def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
     assert find_checkpoint(tmp_path / "run").name == "step_00000004"
 
 
-def test_a_second_process_is_kept_out_of_a_run_directory(tmp_path):
-    (tmp_path / ".lock").touch()
-    with (tmp_path / ".lock").open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process trains in run_dir"):
-            train(tiny_config(tmp_path))
+def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone(tmp_path):
+    holder = (
+        "import os, pathlib, time, sys; from evaclip.run import _lock; _lock(pathlib.Path(sys.argv[1]));"
+        "child = os.fork(); child and print(child, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(ConfigError, match="another process trains in run_dir"):
+                train(tiny_config(tmp_path))
+            process.kill()
+            process.wait()
+            train(tiny_config(tmp_path))  # though a data worker of the killed one lives on
+        finally:
+            os.kill(child, signal.SIGKILL)
+    assert find_checkpoint(tmp_path).name == "step_00000004"

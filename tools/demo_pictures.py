@@ -278,9 +278,9 @@ def render_digit(digit: Handwriting, rng: Random) -> Image.Image:
     size = (round(scale * rng.uniform(0.94, 1)), round(scale * rng.uniform(0.95, 1)))
     mask = digit.ink.resize(size, Image.Resampling.BICUBIC)
     mask = mask.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR)
-    image = Image.new("RGB", (width, height), jitter((35, 35, 35), 30, rng))
+    image = Image.new("RGB", (width, height), jitter((30, 30, 30), 25, rng))
     place = (rng.randint(0, width - size[0]), rng.randint(0, height - size[1]))
-    image.paste(jitter((210, 210, 210), 45, rng), place, mask)
+    image.paste(jitter((225, 225, 225), 30, rng), place, mask)
     return image
 
 

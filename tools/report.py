@@ -90,7 +90,7 @@ def chance(metric: str, *, classes: int | None = None, images: int = 0, captions
     """What guessing gives on average; None where that says nothing.
 
     Args:
-        metric: As in ``evaclip.evaluation.results.METRICS``.
+        metric: As in ``evaclip.metrics.EVAL_METRICS``.
         classes: Of a classification; None for retrieval.
         images: Of a retrieval set.
         captions: Of a retrieval set, equally many per image.

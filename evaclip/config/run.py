@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
 from evaclip.config.data import DataConfig, EvalConfig
 from evaclip.config.model import LossConfig, ModelConfig
+from evaclip.metrics import EVAL_METRICS
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
 
@@ -211,10 +212,23 @@ def _disagreements(run: RunConfig) -> list[str]:
             )
     if run.eval.every_steps and not run.eval.datasets:
         found.append("eval.every_steps is set, but eval.datasets is empty")
-    best = run.checkpoint.keep_best
-    if best and best.split("/")[1:2] != [name for name in run.eval.datasets if best.startswith(f"eval/{name}/")][:1]:
-        found.append(f"checkpoint.keep_best {best} names no dataset of eval.datasets ({', '.join(run.eval.datasets)})")
+    if run.checkpoint.keep_best:
+        found.extend(_best_problems(run, run.checkpoint.keep_best))
     return found
+
+
+def _best_problems(run: RunConfig, best: str) -> list[str]:
+    """Why no checkpoint would ever hold a value of the metric ``best``."""
+    known = [f"eval/{name}/{value}" for name, entry in run.eval.datasets.items() for value in EVAL_METRICS[entry.task]]
+    if best not in known:
+        return [f"checkpoint.keep_best {best} is no metric of eval.datasets; there are {', '.join(known) or 'none'}"]
+    saves, evaluations = run.checkpoint.every_steps, run.eval.every_steps
+    if evaluations is None or (saves % evaluations and evaluations % saves):
+        return [
+            f"checkpoint.keep_best needs checkpoints at steps that are evaluated: one of checkpoint.every_steps "
+            f"{saves} and eval.every_steps {evaluations} must be a multiple of the other"
+        ]
+    return []
 
 
 def _decays(optim: OptimConfig) -> bool:

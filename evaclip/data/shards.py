@@ -230,10 +230,13 @@ def ensure_index(shard: Path, index_dir: str | None = None) -> ShardIndex:
         DataError: The shard cannot be indexed, or the index cannot be saved.
     """
     path = index_path(shard, index_dir)
-    saved = read_index(path, shard.stat().st_size)
-    if saved is not None:
-        return saved
-    index = build_index(shard)
+    try:
+        saved = read_index(path, shard.stat().st_size)
+        if saved is not None:
+            return saved
+        index = build_index(shard)
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read ({error.strerror}); check the storage and its permissions") from error
     try:
         save_index(index, path)
     except OSError as error:
@@ -292,18 +295,28 @@ def open_index(path: Path, index_dir: str | None = None) -> Shard:
 
 
 class ShardSet:
-    """The shards of a source, a bounded number of them open."""
+    """The shards of a source, a bounded number of them open; ``digests`` holds what their indexes must say."""
 
-    def __init__(self, paths: Sequence[Path], index_dir: str | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], index_dir: str | None, digests: Sequence[str]) -> None:
         self.paths = tuple(paths)
         self.index_dir = index_dir
+        self.digests = tuple(digests)
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def read(self, shard: int, record: int) -> Record:
-        """Read a record; errors as ``Shard.read``."""
+        """Read a record.
+
+        Raises:
+            CorruptRecordError: A member's bytes do not match their checksum.
+            DataError: The shard is not the one that was counted.
+        """
         opened = self._open.get(shard)
         if opened is None:
-            opened = self._open[shard] = open_index(self.paths[shard], self.index_dir)
+            path = self.paths[shard]
+            opened = open_index(path, self.index_dir)
+            if opened.index.digest != self.digests[shard]:
+                raise DataError(f"{path} was replaced while the run read it; restore it, or use a new run_dir")
+            self._open[shard] = opened
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)

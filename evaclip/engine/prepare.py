@@ -27,13 +27,13 @@ class PreparedTowers(nn.Module):
     def __init__(self, clip: CLIP, precision: str, device: torch.device) -> None:
         super().__init__()
         self.clip = clip
-        self._autocast_dtype = _AUTOCAST.get(precision)
+        self.autocast_dtype = _AUTOCAST.get(precision)
         self._device_type = device.type
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._autocast_dtype is None:
+        if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self._device_type, self._autocast_dtype)
+        return torch.autocast(self._device_type, self.autocast_dtype)
 
     def forward(self, images: Tensor, text: PackedText, seeds: Tensor | None = None) -> Features:
         """See ``CLIP.forward``."""

@@ -49,7 +49,7 @@ class TorchEngine:
         optimizer.bind(
             [(master, [Span(row, 0, master.numel())]) for row, master in enumerate(self._masters)], sharded=False
         )
-        self._scales = towers._autocast_dtype == torch.float16
+        self._scales = towers.autocast_dtype == torch.float16
         if self._scales:
             optimizer.grad_scale.fill_(2.0**16)
 

@@ -14,12 +14,12 @@ from evaclip.config import EvalConfig, ModelConfig, RetrievalDataset, Validation
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks
 from evaclip.evaluation.encoding import Bench, Encoder
-from evaclip.evaluation.results import METRICS, Predictions, Result, format_table, write_results
+from evaclip.evaluation.results import Predictions, Result, format_table, write_results
 from evaclip.evaluation.retrieval import retrieve
 from evaclip.evaluation.validation_loss import measure_loss
 from evaclip.evaluation.zero_shot import classify
 
-__all__ = ["METRICS", "Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
+__all__ = ["Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
 
 _tokenizer = lru_cache(maxsize=1)(Tokenizer)  # building one takes longer than a small set
 

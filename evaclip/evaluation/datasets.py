@@ -67,21 +67,25 @@ class Records:
 def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> Records:
     """Find and count the records of a set; missing indexes are built in parallel over the ranks.
 
-    Communicates one gather of a number per shard.
+    Communicates one gather of a few bytes per shard.
 
     Raises:
         DataError: The folder, the split or a shard is missing or damaged.
     """
     folder = Path(dataset.path).is_dir()
-    mine: list[int] = []
+    mine: list[tuple[int, str]] = []
     paths: list[Path] = []
     with agreed(ranks):
         paths = _folder_shards(Path(dataset.path), dataset.split) if folder else expand(dataset.path)
-        mine = [ensure_index(path, index_dir).num_records for path in paths[ranks.rank :: ranks.world_size]]
-    counts = ranks.gather_objects(mine)
-    ends = tuple(accumulate(counts[i % ranks.world_size][i // ranks.world_size] for i in range(len(paths))))
+        indexes = (ensure_index(path, index_dir) for path in paths[ranks.rank :: ranks.world_size])
+        mine = [(index.num_records, index.digest) for index in indexes]
+    gathered = ranks.gather_objects(mine)
+    counts, digests = zip(
+        *(gathered[i % ranks.world_size][i // ranks.world_size] for i in range(len(paths))), strict=True
+    )
+    ends = tuple(accumulate(counts))
     count = ends[-1] if dataset.limit is None else min(dataset.limit, ends[-1])
-    return Records(ShardSet(paths, index_dir), ends, count, caption_per_line=folder)
+    return Records(ShardSet(paths, index_dir, digests), ends, count, caption_per_line=folder)
 
 
 def _folder_shards(root: Path, split: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is named, written and shown. Declares the names of all evaluation metrics."""
+"""What an evaluation found, and how it is written and shown."""
 
 from __future__ import annotations
 
@@ -8,18 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-RECALL_AT = (1, 5, 10)
-"""Among how many nearest candidates retrieval looks for a match."""
-
-METRICS: dict[str, tuple[str, ...]] = {
-    "zero_shot": ("top1", "top5", "mean_per_class"),
-    "retrieval": tuple(
-        f"{direction}_recall@{k}" for direction in ("image_to_text", "text_to_image") for k in RECALL_AT
-    ),
-    "loss": ("loss",),
-}
-"""Task -> its metrics, in the order they are published: ``eval/NAME/METRIC``."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from evaclip.config import RetrievalDataset
 from evaclip.distributed import Ranks
 from evaclip.evaluation.datasets import captions_of, open_records
 from evaclip.evaluation.encoding import Bench, in_order
-from evaclip.evaluation.results import METRICS, RECALL_AT, Result
+from evaclip.evaluation.results import Result
+from evaclip.metrics import EVAL_METRICS, RECALL_AT
 
 _TILE_NUMBERS = 1 << 24  # of one tile of similarities: 64 MiB in fp32
 
@@ -48,7 +49,7 @@ def retrieve(name: str, dataset: RetrievalDataset, bench: Bench, index_dir: str 
     image_hits = count_hits(images, texts, captions_of_image, bench.ranks)
     text_hits = count_hits(texts, images, image_of_caption, bench.ranks)
     values = [*(hits / len(images) for hits in image_hits), *(hits / len(texts) for hits in text_hits)]
-    return Result(name, "retrieval", dict(zip(METRICS["retrieval"], values, strict=True)), len(records))
+    return Result(name, "retrieval", dict(zip(EVAL_METRICS["retrieval"], values, strict=True)), len(records))
 
 
 def _encode_captions(

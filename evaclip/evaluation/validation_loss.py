@@ -16,8 +16,9 @@ from evaclip.distributed import Ranks
 from evaclip.errors import DataError
 from evaclip.evaluation.datasets import captions_of, open_records
 from evaclip.evaluation.encoding import Bench, in_order
-from evaclip.evaluation.results import METRICS, Result
+from evaclip.evaluation.results import Result
 from evaclip.loss import info_nce
+from evaclip.metrics import EVAL_METRICS
 
 
 def measure_loss(
@@ -51,4 +52,4 @@ def measure_loss(
         groups = zip(all_images.split(bench.batch), all_texts.split(bench.batch), strict=True)
         losses += [info_nce(image, text, scale, alone).loss for image, text in groups]
     value = float(torch.stack(losses).double().mean())
-    return Result(name, "loss", dict(zip(METRICS["loss"], [value], strict=True)), len(records))
+    return Result(name, "loss", dict(zip(EVAL_METRICS["loss"], [value], strict=True)), len(records))

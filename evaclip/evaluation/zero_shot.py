@@ -13,7 +13,8 @@ from torch import Tensor
 from evaclip.config import ZeroShotDataset
 from evaclip.evaluation.datasets import agreed, class_names_of, label_of, open_records, templates_of
 from evaclip.evaluation.encoding import Bench, in_batches, in_order, share
-from evaclip.evaluation.results import METRICS, Predictions, Result
+from evaclip.evaluation.results import Predictions, Result
+from evaclip.metrics import EVAL_METRICS
 
 _NEAREST = 5  # classes that top5 looks at
 
@@ -45,7 +46,7 @@ def classify(name: str, dataset: ZeroShotDataset, bench: Bench, index_dir: str |
     return Result(
         name,
         "zero_shot",
-        dict(zip(METRICS["zero_shot"], values, strict=True)),
+        dict(zip(EVAL_METRICS["zero_shot"], values, strict=True)),
         len(records),
         Predictions(tuple(names), tuple(labels.tolist()), tuple(nearest[:, 0].tolist())),
     )

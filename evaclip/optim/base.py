@@ -5,8 +5,11 @@ one whole parameter; under ZeRO it is this rank's flat slice of all of them, cut
 engine (the logit scale) are whole on every rank.
 
 Communication: under ZeRO one all-reduce of a single number for the gradient norm; a subclass may add one for norms per
-row. Nothing else, and nothing waits for the device: a step with a non-finite gradient or loss is carried out with
-``torch.where`` choosing the old values, on every rank alike because the norm and the loss are the same on all.
+row. Nothing else, and nothing waits for the device: a step with a non-finite gradient or loss is carried out and
+changes nothing, on every rank alike because the norm and the loss are the same on all.
+
+Memory: two moments per element, and a buffer of ``_BUFFER`` elements in which torch's fused Adam leaves the update of
+some slices at a time: on the CPU it stays in the cache.
 """
 
 # torch leaves parts of its interface untyped:
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from evaclip.optim.table import Row
 
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
 
-_CPU_CHUNK = 1 << 15  # elements that stay in the cache between operations, and that torch does not split over threads
+_BUFFER = {"cpu": 1 << 17, "cuda": 1 << 26}
+"""Elements by device; on the CPU so few that torch does not split an operation over threads."""
 
 
 class Span(NamedTuple):
@@ -100,6 +105,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self._bound: list[_Bound] = []
         self._whole: list[_Bound] = []
         self._sharded = False
+        self._buffer = torch.empty(_BUFFER[device.type], device=device)
 
     def bind(self, tensors: Sequence[tuple[Tensor, Sequence[Span]]], *, sharded: bool) -> None:
         """Say which fp32 tensors hold the rows of the engine, and allocate their moments.
@@ -152,15 +158,11 @@ class TableOptimizer(torch.optim.Optimizer):
         shrink = torch.ones_like(self.grad_norm) if clip is None else (clip / (self.grad_norm + 1e-6)).clamp(max=1)
 
         self.updates += finite
-        beta1, beta2 = self.config.betas
-        count = self.updates.clamp(min=1).double()
-        corrections = (1 - beta1**count).float(), (1 - beta2**count).float()
         self.consecutive_skips = torch.where(finite, 0, self.consecutive_skips + 1)
         if finite.device.type == "cpu" and not finite:  # nothing to wait for there
             return
-        for group, scale in ((slices, shrink / self.grad_scale), (own, shrink)):
-            for s in group:
-                self._moments(s, scale, finite, corrections)
+        self._adam_updates(slices, finite, self.grad_scale / shrink)
+        self._adam_updates(own, finite, 1 / shrink)
         self._apply([*slices, *own], finite)
 
     def _slices(self, tensors: Sequence[_Bound]) -> list[Slice]:
@@ -170,38 +172,57 @@ class TableOptimizer(torch.optim.Optimizer):
                 raise AssertionError("the engine sets gradients before the step")
             flat = [t.view(-1) for t in (bound.tensor.detach(), bound.tensor.grad, bound.exp_avg, bound.exp_avg_sq)]
             for span in bound.spans:
-                most = _CPU_CHUNK if bound.tensor.device.type == "cpu" else span.size
+                most = len(self._buffer)
                 for start in range(span.offset, span.offset + span.size, most):
                     part = slice(start, min(start + most, span.offset + span.size))
                     found.append(Slice(span.row, *(tensor[part] for tensor in flat)))
         return found
 
-    def _moments(self, s: Slice, scale: Tensor, finite: Tensor, corrections: tuple[Tensor, Tensor]) -> None:
+    def _adam_updates(self, slices: Sequence[Slice], finite: Tensor, grad_scale: Tensor) -> None:
         """Advance both moments, then leave the Adam update (without learning rate) in the gradient's place."""
         beta1, beta2 = self.config.betas
-        grad = s.grad * scale
-        _put(s.exp_avg, torch.lerp(s.exp_avg, grad, 1 - beta1), finite)
-        _put(s.exp_avg_sq, torch.lerp(s.exp_avg_sq, grad.square_(), 1 - beta2), finite)
-        root = (s.exp_avg_sq / corrections[1]).sqrt_().add_(self.config.eps)
-        torch.div(s.exp_avg / corrections[0], root, out=s.grad)
-        if decay := self.rows[s.row].weight_decay:
-            s.grad.add_(s.weight, alpha=decay)
+        before = (self.updates - 1).clamp(min=0).float()
+        for group in _groups(slices, len(self._buffer)):
+            self._buffer.zero_()
+            updates = self._buffer[: sum(len(s.weight) for s in group)].split([len(s.weight) for s in group])
+            adam(
+                list(updates),  # 0 - lr u with lr = -1
+                [s.grad for s in group],
+                [s.exp_avg for s in group],
+                [s.exp_avg_sq for s in group],
+                [],
+                [before.clone() for _ in group],
+                lr=-1.0, beta1=beta1, beta2=beta2, eps=self.config.eps, weight_decay=0.0,
+                amsgrad=False, maximize=False, fused=True,
+                grad_scale=grad_scale, found_inf=(~finite).float(),
+            )  # fmt: skip
+            for s, update in zip(group, updates, strict=True):
+                torch.add(update, s.weight, alpha=self.rows[s.row].weight_decay, out=s.grad)
 
     def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
-        """Subtract the updates that ``_moments`` left in the gradients."""
+        """Subtract the updates that ``_adam_updates`` left in the gradients."""
         raise NotImplementedError
 
     def _subtract(self, s: Slice, ratio: Tensor | float, finite: Tensor) -> None:
+        """After a bad step, nothing: the update is weight decay alone then, a finite number."""
         row = self.rows[s.row]
-        moved = s.weight - s.grad * (ratio * (row.lr * self.factor))
+        s.weight.sub_(s.grad.mul_(finite * (ratio * (row.lr * self.factor))))
         if row.upper_bound != float("inf"):
-            moved.clamp_(max=row.upper_bound)
-        _put(s.weight, moved, finite)
+            s.weight.clamp_(max=row.upper_bound)
 
 
-def _put(target: Tensor, value: Tensor, finite: Tensor) -> None:
-    """Write a value, or the old one again after a bad step; on the CPU bad steps do not come this far."""
-    target.copy_(value if target.device.type == "cpu" else torch.where(finite, value, target))
+def _groups(slices: Sequence[Slice], most: int) -> Iterator[list[Slice]]:
+    """Slices in order, as many at a time as have ``most`` elements together."""
+    group: list[Slice] = []
+    size = 0
+    for s in slices:
+        if group and size + len(s.weight) > most:
+            yield group
+            group, size = [], 0
+        group.append(s)
+        size += len(s.weight)
+    if group:
+        yield group
 
 
 def _squared_norm(slices: Sequence[Slice], device: torch.device) -> Tensor:

@@ -1,3 +1,4 @@
+import pickle
 import tarfile
 
 import numpy as np
@@ -106,6 +107,13 @@ def test_tar_without_records_is_refused(tmp_path):
         build_index(path)
 
 
+def test_shard_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "00000.tar"
+    path.symlink_to("/proc/self/mem")  # whose first bytes cannot be read
+    with pytest.raises(DataError, match=r"00000\.tar cannot be read \(Input/output error\); check the storage"):
+        open_index(path)
+
+
 def test_flipped_byte_is_seen_when_the_record_is_read(tar):
     shard = open_index(tar)
     content = bytearray(tar.read_bytes())
@@ -121,6 +129,17 @@ def test_shard_that_shrank_after_indexing_is_refused(tar):
     tar.write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(DataError, match="changed since it was indexed"):
         shards.Shard(tar, index).read(11)
+
+
+def test_shard_that_was_replaced_after_counting_is_refused(tar):
+    shard_set = shards.ShardSet([tar], None, [open_index(tar).index.digest])
+    assert shard_set.read(0, 3).key == "000000003"
+    tar.unlink()
+    write_shards(tar.parent, records(5), 10)
+    assert shard_set.read(0, 3).key == "000000003"  # the open file is still the old one
+    fresh = pickle.loads(pickle.dumps(shard_set))
+    with pytest.raises(DataError, match=r"was replaced while the run read it; restore it, or use a new run_dir"):
+        fresh.read(0, 3)
 
 
 def test_repeated_keys_are_records_of_their_own(tmp_path):

@@ -28,6 +28,7 @@ from evaclip.sources import open_sources
 from evaclip.train import train_on
 
 STEPS = 20
+INTERRUPTED = {"train__steps": STEPS, "checkpoint__every_steps": STEPS // 2, "data__workers": 2}
 SHORT = {"train__steps": 6, "checkpoint__every_steps": 6}
 ENGINES = {
     "torch": {"engine__name": "torch"},
@@ -56,6 +57,17 @@ def interrupted(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: 
     after = load_history(folder / "metrics.jsonl") if ranks.is_main else []
     same_rows = [row["train/loss"] for row in before] == [row["train/loss"] for row in after]
     return same_rows and all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def continued(ranks: Ranks, folder: Path, *, source: dict[str, Any], origin: Path) -> tuple[list[float], str]:
+    """Another world's run, which lost its last checkpoint, goes on here: the losses of all steps, and the log."""
+    if ranks.is_main:
+        shutil.copytree(origin, folder, dirs_exist_ok=True)
+        shutil.rmtree(find_checkpoint(folder))
+        (folder / "log.txt").unlink()
+    ranks.barrier()
+    train_on(ranks, tiny_config(folder, source, **INTERRUPTED))
+    return [row["train/loss"] for row in load_history(folder / "metrics.jsonl")], (folder / "log.txt").read_text()
 
 
 def handed_over(ranks: Ranks, folder: Path, *, source: dict[str, Any]) -> list[float]:
@@ -202,9 +214,8 @@ def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
     return "no error"
 
 
-def all_cases(shards: str, damaged: str) -> dict[str, Any]:
+def all_cases(source: dict[str, Any], damaged: str) -> dict[str, Any]:
     """Cases by name, for ranks of either world size."""
-    source = {"shards": shards}
     cases: dict[str, Any] = {
         f"losses_{engine}_{workers}": partial(losses, source=source, options={**options, "data__workers": workers})
         for engine, options in ENGINES.items()
@@ -219,8 +230,7 @@ def all_cases(shards: str, damaged: str) -> dict[str, Any]:
     cases["losses_torch_short"] = partial(losses, source=source, options=SHORT)
     cases["losses_torch_lamb"] = partial(losses, source=source, options={**SHORT, "optim__name": "lamb"})
     for engine, options in ENGINES.items():
-        long = {"train__steps": STEPS, "checkpoint__every_steps": STEPS // 2, "data__workers": 2}
-        chosen = {**options, **(long if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
+        chosen = {**options, **(INTERRUPTED if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
         cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
         cases[f"bad_step_{engine}"] = partial(bad_step, options=options)
     for workers in (0, 3):

@@ -1,12 +1,16 @@
 """The same run on one rank and on two, through both engines. "Equal" is bitwise unless a tolerance stands there."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from distributed.cases import ENGINES, all_cases
+from distributed.cases import ENGINES, STEPS, all_cases, continued
 from distributed.spawn import run_on_ranks
 from evaclip.data.shards import write_shards
+from evaclip.distributed import Ranks, started
+from evaclip.errors import ConfigError
 
 WORLDS = (1, 2)
 
@@ -17,8 +21,15 @@ def results(tmp_path_factory, colour_shards):
     write_shards(damaged, ((f"{n:03d}", {"txt": b"x", "jpg": b"y"}) for n in range(40)), 20)
     whole = (damaged / "00001.tar").read_bytes()
     (damaged / "00001.tar").write_bytes(whole[:5000])
-    cases = all_cases(str(colour_shards / "{00000..00002}.tar"), str(damaged / "{00000..00001}.tar"))
-    return {world: run_on_ranks(world, cases, tmp_path_factory.mktemp(f"world{world}")) for world in WORLDS}
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
+    cases = all_cases(source, str(damaged / "{00000..00001}.tar"))
+    folders = {world: tmp_path_factory.mktemp(f"world{world}_") for world in WORLDS}
+    found = {1: run_on_ranks(1, cases, folders[1])}
+    cases["continued"] = partial(continued, source=source, origin=folders[1] / "interrupted_torch")
+    found[2] = run_on_ranks(2, cases, folders[2])
+    here = tmp_path_factory.mktemp("continued")
+    found[1]["continued"] = [continued(Ranks(), here, source=source, origin=folders[2] / "interrupted_torch")]
+    return found
 
 
 def of(results, world, case):
@@ -60,6 +71,14 @@ def test_16_bit_engines_follow_fp32(results, case, world):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bitwise(results, engine, world):
     assert all(of(results, world, f"interrupted_{engine}"))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_run_continues_at_another_world_size(results, world):
+    straight = of(results, world, "losses_torch_2")[0]
+    for losses, log in of(results, world, "continued"):
+        assert f"at step {STEPS // 2}" in log
+        assert losses == pytest.approx(straight, rel=1e-5)  # sums over ranks in another order
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -128,6 +147,17 @@ def test_a_failed_write_on_one_rank_fails_on_all_and_leaves_nothing(results, wor
         assert "No space left" in message
         assert "free disk space" in message
         assert left == ["latest", "step_00000001"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with (
+        pytest.raises(ConfigError, match="process 1 of this machine finds no GPU of its own, there are 1"),
+        started(need_group=False),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("world", WORLDS)

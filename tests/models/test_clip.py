@@ -150,12 +150,13 @@ def test_model_is_deterministic_without_seeds_and_replays_with_them() -> None:
 
 def test_initial_weights_have_the_stated_deviation() -> None:
     model = create_model(CONFIG)
+    linear = 0.64 * 32**-0.5  # EVA-CLIP's 0.02 at width 1024
     expected = {
         "image.patch_embed.weight": 0.02,
         "image.position_embedding": 0.02,
-        "image.blocks.1.attn.qkv.weight": 0.02,
-        "image.blocks.1.attn.proj.weight": 0.02 / 4**0.5,
-        "image.blocks.2.mlp.w3.weight": 0.02 / 6**0.5,
+        "image.blocks.1.attn.qkv.weight": linear,
+        "image.blocks.1.attn.proj.weight": linear / 4**0.5,
+        "image.blocks.2.mlp.w3.weight": linear / 6**0.5,
         "image.head.weight": 32**-0.5,
         "text.token_embedding.weight": 0.02,
         "text.position_embedding": 0.01,
