@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import re
 import shutil
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +31,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaclip.config import CheckpointConfig, RunConfig
+from evaclip.config import CheckpointConfig, RunConfig, ShardSource
 from evaclip.config_file import dump, flatten, validate
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -180,12 +183,24 @@ def to_delete(
 def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
     """Apply the retention rule to a folder of checkpoints, of which ``current`` was just written."""
     found = {int(path.name[5:]): path for path in _steps(folder)}
-    scores = [(step, _read_meta(path).get("metrics", {}).get(config.keep_best)) for step, path in found.items()]
+    scores = [(step, _score(path, config.keep_best)) for step, path in found.items()]
     for step in to_delete(scores, config, current):
         doomed = folder / f".{found[step].name}.deleted"
-        with suppress(FileNotFoundError):
+        try:
             found[step].rename(doomed)  # first it stops being a checkpoint, then it goes
             shutil.rmtree(doomed)
+        except OSError as error:  # what is left goes at the next start
+            log.warning("%s cannot be deleted: %s", found[step], error)
+
+
+def _score(path: Path, metric: str | None) -> float | None:
+    """Value of a metric; None for a damaged checkpoint too."""
+    if metric is None:
+        return None
+    try:
+        return _read_meta(path).get("metrics", {}).get(metric)
+    except CheckpointError:
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -226,13 +241,14 @@ def damage(checkpoint: Path) -> str | None:
 def set_aside(folder: Path) -> list[str]:
     """Take damaged checkpoints newer than the newest intact one out of the way; returns what is wrong with them.
 
-    They are renamed to ``.step_N.damaged``; what interrupted writes and deletions left is removed.
+    They are renamed to ``.step_N.damaged``, unless none is intact: then all stay, so that every start says so. What
+    interrupted writes and deletions left is removed.
     """
     for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
     intact, problems = newest_intact(folder)
-    for path in _steps(folder):
-        if intact is None or path.name > intact.name:
+    for path in _steps(folder) if intact else ():
+        if intact and path.name > intact.name:
             aside = folder / f".{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -317,6 +333,17 @@ class CheckpointReader:
         return weights
 
 
+def _orders(config: RunConfig) -> dict[str, list[str]]:
+    """Orders of keys that decide what is read next."""
+    sources = config.data.sources
+    captions = {
+        f"data.sources.{name}.captions in order": list(source.captions)
+        for name, source in sources.items()
+        if isinstance(source, ShardSource)
+    }
+    return {"data.sources. in order": list(sources), **captions}
+
+
 def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> None:
     """Refuse to continue a run as another one.
 
@@ -326,12 +353,14 @@ def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> None:
     fixed = ("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks")
     fixed += ("data.max_image_pixels", "train.global_batch", "loss.logit_scale", "loss.learn_logit_scale", "optim.name")
     movable = (".shards", "model.name")  # content is compared by digest, names by what they stand for
-    before, now = flatten(saved), flatten(wanted)
+    before, now = (flatten(config) | _orders(config) for config in (saved, wanted))
     changed = [
         f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
         for key in sorted({*before, *now})
         if key.startswith(fixed) and not key.endswith(movable) and before.get(key) != now.get(key)
     ]
+    if wanted.data.slots is not None and saved.data.slots != wanted.data.slots:
+        changed.append(f"data.slots: {saved.data.slots} -> {wanted.data.slots}")
     if changed:
         raise ConfigError(
             "\n  ".join([f"{origin} was made by another model or data order; use a new run_dir", *changed])

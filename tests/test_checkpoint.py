@@ -93,6 +93,23 @@ def test_damage_is_seen_named_and_set_aside(tmp_path, harm):
     assert newest_intact(tmp_path) == (intact, [])
 
 
+def test_damage_everywhere_is_said_at_every_start(tmp_path):
+    path = write(tmp_path, 1)
+    (path / "part_00000.safetensors").write_bytes(b"")
+    for _ in range(2):
+        assert len(set_aside(tmp_path)) == 1
+        assert newest_intact(tmp_path)[0] is None
+    assert path.exists()
+
+
+def test_a_damaged_old_checkpoint_does_not_stop_retention(tmp_path):
+    (write(tmp_path, 1) / "meta.json").write_text("{")
+    write(tmp_path, 2)
+    write(tmp_path, 3)
+    checkpoint.delete_old(tmp_path, CheckpointConfig(keep_last=1, keep_best="eval/x/top1"), 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
+
+
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
     write(tmp_path, 1)
     for name in (".step_00000002.tmp", ".step_00000000.deleted"):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import SYNTHETIC, tiny_config
 
 from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
 from evaclip.distributed import Ranks
@@ -99,6 +99,7 @@ def test_a_finished_run_does_nothing_more(tmp_path):
 def test_more_steps_and_another_learning_rate_continue_a_run(tmp_path):
     train(tiny_config(tmp_path))
     train(tiny_config(tmp_path, train__steps=6, optim__lr=2e-3))
+    assert f"continuing {tmp_path} at step 4" in (tmp_path / "log.txt").read_text()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -106,6 +107,16 @@ def test_another_model_or_data_order_is_refused_with_the_difference(tmp_path):
     train(tiny_config(tmp_path))
     with pytest.raises(ConfigError, match=r"(?s)another model or data order.*model\.embed_dim: 16 -> 24.*seed: 0 -> 1"):
         train(tiny_config(tmp_path, model__embed_dim=24, seed=1))
+
+
+def test_another_order_of_sources_or_slots_is_refused(tmp_path):
+    sources = {"a": SYNTHETIC, "b": SYNTHETIC}
+    train(tiny_config(tmp_path, data__sources=sources))
+    swapped = dict(reversed(sources.items()))
+    with pytest.raises(ConfigError, match=r"data\.sources\. in order: \['a', 'b'\] -> \['b', 'a'\]"):
+        train(tiny_config(tmp_path, data__sources=swapped, train__steps=6))
+    with pytest.raises(ConfigError, match=r"data\.slots: None -> 8"):
+        train(tiny_config(tmp_path, data__sources=sources, data__slots=8, train__steps=6))
 
 
 def test_other_content_of_a_source_is_refused(tmp_path, colour_shards):
@@ -138,6 +149,7 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplog)
     part.write_bytes(content)
     train(tiny_config(tmp_path))
     assert "differs from its checksum" in caplog.text
+    assert f"continuing {tmp_path} at step 2" in caplog.text
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 

@@ -351,7 +351,7 @@ def write_shards(
                 if count == records_per_shard:
                     break
         temporary.replace(path)
-        ensure_index(path)
+        save_index(build_index(path), index_path(path, None))
         paths.append(path)
     if not paths:
         raise DataError(f"nothing to write into {folder}: there are no records")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from evaclip import api
 from evaclip.checkpoint import CheckpointReader, find_checkpoint
-from evaclip.distributed import started
+from evaclip.distributed import agreed, started
 from evaclip.engine.prepare import PreparedTowers
-from evaclip.errors import ConfigError
+from evaclip.errors import ConfigError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
 
 if TYPE_CHECKING:
@@ -38,7 +38,10 @@ def evaluate_checkpoint(
         EvaclipError: With a message for the user.
     """
     with started(need_group=False) as ranks:
-        checkpoint = find_checkpoint(path)
+        with agreed(ranks):
+            own = find_checkpoint(path) if ranks.is_main else None
+        checkpoint = ranks.from_main(own)
+        assert checkpoint is not None
         config = CheckpointReader(checkpoint).config
         chosen = config.eval.datasets if datasets is None else dict(datasets)
         if not chosen:
@@ -59,4 +62,5 @@ def evaluate_checkpoint(
         if ranks.is_main:
             print(f"{checkpoint}\n{format_table(results)}")  # noqa: T201  what the command is for
             if output:
-                write_results(output, results)
+                with writing(f"--output {output}"):
+                    write_results(output, results)
