@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--templates", metavar="FILE", help="one template per line, {c} stands for the name")
     evaluate.add_argument("--limit", type=int, help="only the first records")
     evaluate.add_argument("--batch", type=_positive, help="images per rank and forward pass")
-    evaluate.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: the run's")
+    evaluate.add_argument(
+        "--precision", choices=("bf16", "fp16", "fp32"), help="default: the run's; fp32 for bf16_weights"
+    )
     evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and predictions there")
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -103,7 +105,7 @@ def _datasets(options: argparse.Namespace) -> dict[str, Any]:
     """The one dataset that the command line describes, under its folder's name."""
     fields: dict[str, object] = {"task": options.task, "path": options.dataset, "split": options.split}
     fields |= {"limit": options.limit} if options.limit is not None else {}
-    if options.task == "zero_shot":
+    if options.task == "zero_shot" or options.class_names or options.templates:
         fields |= {"class_names": options.class_names, "templates": options.templates}
     name = re.sub(r"[^\w.-]", "_", Path(options.dataset).name.partition(".")[0]).lstrip(".-") or "dataset"
     return config_file.validate({"datasets": {name: fields}}, "evaluate", EvalConfig).datasets

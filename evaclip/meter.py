@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from evaclip.metrics import describe
+from evaclip.metrics import find_metric
 
 
 class Meter:
@@ -37,10 +37,10 @@ class Meter:
             assert scalar.numel() == 1, f"{name} has shape {tuple(scalar.shape)}"
             assert scalar.device.type == self._device.type, f"{name} is on {scalar.device}, not on {self._device}"
             value = scalar.detach().reshape(()).to(torch.float64, copy=True)
-            if name in self._values and describe(name).kind != "last":
+            if name in self._values and find_metric(name).kind != "last":
                 value += self._values[name]
             elif name not in self._values:
-                describe(name)
+                find_metric(name)
             self._values[name] = value
             self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -50,7 +50,7 @@ class Meter:
         A mean over steps of which one was not finite is not finite: such steps are not hidden.
         """
         published = {
-            name: value / count if describe(name).kind == "mean" else value
+            name: value / count if find_metric(name).kind == "mean" else value
             for name, (value, count) in self.state().items()
         }
         self._values.clear()

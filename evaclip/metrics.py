@@ -46,7 +46,7 @@ METRICS: dict[str, Metric] = {
     "memory/peak_gib": Metric(
         "most GPU memory in use by tensors on the main rank since the row before, in GiB", "last"
     ),
-    "data/text_tokens": Metric("tokens per caption, start and end included", "mean"),
+    "data/text_tokens": Metric("tokens per caption, start and end included, of the main rank's share", "mean"),
     "data/passes/SOURCE": Metric("passes over the source so far, the current one as a fraction", "last"),
     "data/delivered/SOURCE": Metric("samples of the source trained on so far", "last"),
     "data/skipped/SOURCE": Metric("unusable records of the source passed over so far", "last"),
@@ -69,7 +69,7 @@ EVAL_METRICS: dict[str, tuple[str, ...]] = {
 _PATTERNS = {re.compile(re.sub("[A-Z]+", ".+", name)): metric for name, metric in METRICS.items()}
 
 
-def describe(name: str) -> Metric:
+def find_metric(name: str) -> Metric:
     """Return the declaration of a metric.
 
     Raises:
@@ -86,7 +86,7 @@ def describe(name: str) -> Metric:
 def check_names(names: Iterable[str]) -> None:
     """Raise ValueError if any of the names is not declared."""
     for name in names:
-        describe(name)
+        find_metric(name)
 
 
 # -------------------------------------------------------------------------------------------------------------- time

@@ -32,7 +32,7 @@ from evaclip.logs import log_setup
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.attention import kernel_name
 from evaclip.models.clip import create_model
-from evaclip.optim.table import describe
+from evaclip.optim.table import summary
 from evaclip.sources import open_sources
 
 if TYPE_CHECKING:
@@ -161,8 +161,9 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         _load_state(reader, run)
     with agreed(ranks), writing(f"run_dir {run.directory}", ConfigError):
         if ranks.is_main:
-            (run.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
-            _describe(run, reader)
+            (run.directory / ".config.yaml.tmp").write_text(dump(config), encoding="utf-8")
+            (run.directory / ".config.yaml.tmp").replace(run.directory / "config.yaml")
+            _announce(run, reader)
     return run
 
 
@@ -271,7 +272,7 @@ def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
     run.slot_states = {slot: SlotState.parse(state) for slot, state in state.slot_states.items()}
 
 
-def _describe(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
+def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     """Tell the log what is about to run."""
     config, ranks = run.config, run.ranks
     worlds = [w for w in range(1, run.plan.slots + 1) if run.plan.slots % w == 0]
@@ -301,15 +302,18 @@ def _describe(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
         config.train.precision,
         config.engine.name,
     )
-    for line in describe(run.engine.optimizer.rows):
+    for line in summary(run.engine.optimizer.rows):
         log.info("optimizer: %s", line)
     log.info("continuing %s at step %d" if reader else "starting %s at step %d", run.directory, run.step)
 
 
 def _commit() -> str:
     """Version and, in a checkout, commit of this code."""
+    root = Path(evaclip.__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
+        return evaclip.__version__
     try:
-        command = ["git", "-C", str(Path(evaclip.__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         described = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return evaclip.__version__

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from evaclip.metrics import METRICS, Clock, check_names, describe, peak_tflops
+from evaclip.metrics import METRICS, Clock, check_names, find_metric, peak_tflops
 
 
 class HandTime:
@@ -29,8 +29,8 @@ def test_an_undeclared_name_is_refused(name):
 
 
 def test_a_name_in_capitals_stands_for_any_and_keeps_its_kind():
-    assert describe("data/skipped/SOURCE") is describe("data/skipped/laion/2b en")
-    assert describe("eval/digits/top1").kind == "last"
+    assert find_metric("data/skipped/SOURCE") is find_metric("data/skipped/laion/2b en")
+    assert find_metric("eval/digits/top1").kind == "last"
 
 
 def test_every_metric_says_what_it_means():

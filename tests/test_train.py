@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 import os
@@ -5,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from evaclip.history import load_history
 from evaclip.run import open_run
 from evaclip.train import _loop, _reporting, train, train_on
 
+prepare = importlib.import_module("evaclip.engine.prepare")  # the package has a function of that name
 TIMED = ("speed/", "memory/")
 
 
@@ -176,18 +179,28 @@ def test_endless_skipping_stops_the_run(tmp_path, monkeypatch):
     assert [row["train/skipped_steps"] for row in rows(tmp_path)] == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("change", [{"train__activation_checkpointing": True}, {"train__compile": True}])
-def test_checkpointing_and_compilation_do_not_change_the_losses(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "place", "uses"),
+    [
+        ({"train__activation_checkpointing": True}, (prepare, "checkpoint"), 4 * 4),  # steps x blocks
+        ({"train__compile": True}, (torch.nn.Module, "compile"), 2),  # the image tower's blocks
+    ],
+)
+def test_checkpointing_and_compilation_do_not_change_the_losses(tmp_path, monkeypatch, change, place, uses):
     train_on(Ranks(), tiny_config(tmp_path / "plain"))
+    used = Mock(wraps=getattr(*place))
+    monkeypatch.setattr(*place, lambda *arguments, **options: used(*arguments, **options))  # noqa: PLW0108  a method
     train_on(Ranks(), tiny_config(tmp_path / "other", **change))
+    assert used.call_count == uses
     plain, other = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("plain", "other"))
     assert plain == pytest.approx(other, rel=1e-5)  # fused kernels round in another order
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
 def test_16_bit_precisions_follow_fp32(tmp_path, precision):
-    train_on(Ranks(), tiny_config(tmp_path / "plain", train__steps=8))
-    train_on(Ranks(), tiny_config(tmp_path / "other", train__steps=8, train__precision=precision))
+    options = {"train__steps": 8, "optim__lr": 1e-4}  # slow enough that rounding errors do not grow
+    train_on(Ranks(), tiny_config(tmp_path / "plain", **options))
+    train_on(Ranks(), tiny_config(tmp_path / "other", **options, train__precision=precision))
     plain, other = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("plain", "other"))
     assert plain == pytest.approx(other, rel=0.02)  # bf16 has 8 bits: 0.4 % per rounding
     assert plain != other
@@ -213,7 +226,10 @@ def test_16_bit_weights_resume_from_their_fp32_master(tmp_path):
 def test_fixed_temperature_is_saved_and_restored(tmp_path):
     train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0))
     assert weights(tmp_path)["logit_scale"].item() == pytest.approx(math.log(100))
+    (tmp_path / "log.txt").unlink()
     train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0, train__steps=5))
+    assert f"continuing {tmp_path} at step 4" in (tmp_path / "log.txt").read_text()
+    assert rows(tmp_path)[-1]["train/logit_scale"] == pytest.approx(100)
 
 
 def test_evaluation_runs_at_the_start_at_its_steps_and_at_the_end(tmp_path, colour_shards):

@@ -296,7 +296,9 @@ def make_report(run_dir: Path, requirements: Sequence[Requirement]) -> dict[str,
     for name in evaluation:
         dataset = config.eval.datasets.get(name)
         if dataset is None:
-            raise DataError(f"evaluation.json has {name!r}, config.yaml has not; run evaclip evaluate {run_dir}")
+            raise DataError(
+                f"evaluation.json has {name!r}, config.yaml has not; run evaclip evaluate {run_dir} --output {run_dir}"
+            )
         if isinstance(dataset, ZeroShotDataset):
             predictions[name] = json.loads((run_dir / "predictions" / f"{name}.json").read_text())
             samples[name], mistakes[name] = (

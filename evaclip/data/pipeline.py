@@ -119,7 +119,7 @@ class _SlotParts(IterableDataset[Any]):
                     continue
                 raise DataError(
                     f"source {self.plan.sources[source].name}: {len(reasons)} records in a row cannot be used, "
-                    f"the last in {self.readers[source].describe(pick.shard)}: "
+                    f"the last in {self.readers[source].shard_name(pick.shard)}: "
                     + ", ".join(f"{reasons.count(why)} {why}" for why in sorted(set(reasons)))
                 ) from None
             cursor.deliver(source)

@@ -1,7 +1,8 @@
 """What a source yields: a place in it becomes an image and its token ids.
 
-Only faults that are a function of the record's bytes are ``BadRecordError``, to be counted and skipped; everything
-else stops the run, because another run would not repeat the skip. Readers do not know in which order they are asked.
+Only faults that are a function of the record's bytes are ``BadRecordError``, to be counted and skipped (a checksum
+that does not match counts as one: the bytes rotted where they lie); everything else stops the run, because another run
+would not repeat the skip. Readers do not know in which order they are asked.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Reader(Protocol):
         """Read, decode, crop and tokenize; raises ``BadRecordError`` for what is counted and skipped."""
         ...
 
-    def describe(self, shard: int) -> str:
+    def shard_name(self, shard: int) -> str:
         """Name of a shard for messages."""
         ...
 
@@ -78,8 +79,8 @@ class ShardReader:
         image = images.train_crop(pixels, self.image_size, self.augment, seed)
         return Sample(image, self.tokenizer.encode(caption))
 
-    def describe(self, shard: int) -> str:
-        """See ``Reader.describe``."""
+    def shard_name(self, shard: int) -> str:
+        """See ``Reader.shard_name``."""
         return str(self.shards.paths[shard])
 
 
@@ -97,8 +98,8 @@ class SyntheticReader:
         length = int(random.integers(1, self.context_length - 1))
         return Sample(image, [49406, *random.integers(1, 49405, length).tolist(), 49407])
 
-    def describe(self, shard: int) -> str:
-        """See ``Reader.describe``."""
+    def shard_name(self, shard: int) -> str:
+        """See ``Reader.shard_name``."""
         return f"synthetic {shard}"
 
 

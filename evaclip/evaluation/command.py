@@ -31,7 +31,7 @@ def evaluate_checkpoint(
         path: Run directory or checkpoint.
         datasets: What to measure; None: the run's own.
         batch: Images per rank and forward pass; None: the run's.
-        precision: bf16, fp16 or fp32; None: the run's.
+        precision: bf16, fp16 or fp32; None: the run's (fp32 for bf16_weights, whose masters are loaded).
         output: Where ``evaluation.json`` and predictions are written.
 
     Raises:

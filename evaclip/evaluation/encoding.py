@@ -22,9 +22,9 @@ from evaclip.config import ImageTowerConfig, ModelConfig
 from evaclip.data.batch import PackedText
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.data.workers import loader
-from evaclip.distributed import Ranks
+from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
-from evaclip.evaluation.datasets import EvalRecord, Records, agreed, image_of
+from evaclip.evaluation.datasets import EvalRecord, Records, image_of
 
 T = TypeVar("T")
 

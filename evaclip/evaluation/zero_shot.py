@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from evaclip.config import ZeroShotDataset
-from evaclip.evaluation.datasets import agreed, class_names_of, label_of, open_records, templates_of
+from evaclip.distributed import agreed
+from evaclip.evaluation.datasets import class_names_of, label_of, open_records, templates_of
 from evaclip.evaluation.encoding import Bench, in_batches, in_order, share
 from evaclip.evaluation.results import Predictions, Result
 from evaclip.metrics import EVAL_METRICS

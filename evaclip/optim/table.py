@@ -77,7 +77,7 @@ def layer_of(name: str, depth: int) -> int:
     raise ValueError(f"parameter {name} is in no layer; name its rule in optim/table.py")
 
 
-def describe(rows: Iterable[Row]) -> list[str]:
+def summary(rows: Iterable[Row]) -> list[str]:
     """The table as lines for the log: rows that are treated alike share one."""
     kinds: dict[tuple[str, float, float, bool], list[Row]] = {}
     for row in rows:

@@ -34,6 +34,8 @@ ENGINES = {
     "torch": {"engine__name": "torch"},
     **{f"zero{n}": {"engine__name": "deepspeed", "engine__zero_stage": n} for n in (1, 2, 3)},
 }
+PRECISIONS = [("torch", "fp32"), ("torch", "bf16"), ("zero2", "bf16"), *((e, "bf16_weights") for e in ENGINES)]
+CONSTANT = {"checkpoint__every_steps": 10, "schedule__warmup_steps": 0, "schedule__final_fraction": 1.0}
 
 
 def losses(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> list[float]:
@@ -41,6 +43,13 @@ def losses(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[
     options = {"train__steps": STEPS, "checkpoint__every_steps": STEPS, **options}
     train_on(ranks, tiny_config(folder, source, **options))
     return [row["train/loss"] for row in load_history(folder / "metrics.jsonl")]
+
+
+def evaluated(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+    """Results after two steps, on 25 records: the ranks' shares differ."""
+    tasks = {task: {"task": task, "path": source["shards"], "limit": 25} for task in ("loss", "retrieval")}
+    train_on(ranks, tiny_config(folder, source, **options, train__steps=2, eval__datasets=tasks, eval__batch=5))
+    return {name: value for name, value in load_history(folder / "metrics.jsonl")[-1].items() if "eval/" in name}
 
 
 def interrupted(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> bool:
@@ -72,11 +81,9 @@ def continued(ranks: Ranks, folder: Path, *, source: dict[str, Any], origin: Pat
 
 def handed_over(ranks: Ranks, folder: Path, *, source: dict[str, Any]) -> list[float]:
     """Ten steps each of ZeRO-3, torch and ZeRO-1 from one another's checkpoints."""
-    options = {"checkpoint__every_steps": 10, "schedule__warmup_steps": 0}
     for number, engine in enumerate(("zero3", "torch", "zero1"), 1):
         # a constant learning rate, because the schedule follows train.steps
-        config = {**options, **ENGINES[engine], "train__steps": 10 * number, "schedule__final_fraction": 1.0}
-        train_on(ranks, tiny_config(folder, source, **config))
+        train_on(ranks, tiny_config(folder, source, **CONSTANT, **ENGINES[engine], train__steps=10 * number))
     return [row["train/loss"] for row in load_history(folder / "metrics.jsonl")]
 
 
@@ -138,8 +145,15 @@ def bad_step(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str
     }
 
 
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return torch.equal(first.view(torch.int32), second.view(torch.int32))
+def masters(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> bool:
+    """Whether this rank's masters of 16-bit weights hold every bit of the fp32 weights that the engine was given."""
+    config = tiny_config(folder, **options, train__precision="bf16_weights")
+    clip = create_model(config.model, seed=0)
+    given = {name: p.detach().clone().view(-1) for name, p in clip.named_parameters()}
+    engine = create_engine(config, clip, ContrastiveLoss(config.loss, ranks.device), ranks)
+    pieces = [piece for piece in engine.optimizer.local_pieces() if piece.row.name in given]
+    kept = [torch.equal(p.weight, given[p.row.name][p.start : p.start + len(p.weight)]) for p in pieces]
+    return len(kept) > 1 and all(kept)
 
 
 def stop_request(ranks: Ranks, folder: Path) -> list[int]:
@@ -176,8 +190,7 @@ def terminated(ranks: Ranks, folder: Path) -> list[str]:
         ContrastiveLoss.forward = original
     ranks.barrier()
     train_on(ranks, config)
-    messages.append(find_checkpoint(folder).name)
-    return messages
+    return [*messages, find_checkpoint(folder).name, (folder / "log.txt").read_text()]
 
 
 def failed_write(ranks: Ranks, folder: Path) -> list[str]:
@@ -221,20 +234,20 @@ def all_cases(source: dict[str, Any], damaged: str) -> dict[str, Any]:
         for engine, options in ENGINES.items()
         for workers in ((0, 2) if engine == "torch" else (0,))
     }
-    for engine in ("zero1", "zero2", "zero3"):
-        cases[f"losses_{engine}_bf16_weights"] = partial(
-            losses, source=source, options={**ENGINES[engine], **SHORT, "train__precision": "bf16_weights"}
-        )
-    autocast = {**ENGINES["zero2"], **SHORT, "train__precision": "bf16"}
-    cases["losses_zero2_bf16"] = partial(losses, source=source, options=autocast)
-    cases["losses_torch_short"] = partial(losses, source=source, options=SHORT)
+    for engine, precision in PRECISIONS:
+        options = {**ENGINES[engine], **SHORT, "optim__lr": 1e-4, "train__precision": precision}
+        cases[f"losses_{engine}_{precision}"] = partial(losses, source=source, options=options)
     cases["losses_torch_lamb"] = partial(losses, source=source, options={**SHORT, "optim__name": "lamb"})
+    for engine in ("torch", "zero3"):
+        cases[f"evaluated_{engine}"] = partial(evaluated, source=source, options=ENGINES[engine])
     for engine, options in ENGINES.items():
         chosen = {**options, **(INTERRUPTED if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
         cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
+        cases[f"masters_{engine}"] = partial(masters, options=options)
         cases[f"bad_step_{engine}"] = partial(bad_step, options=options)
     for workers in (0, 3):
         cases[f"batches_{workers}"] = partial(batches, source=source, workers=workers)
+    cases["losses_constant"] = partial(losses, source=source, options={**CONSTANT, "train__steps": 30})
     cases["handed_over"] = partial(handed_over, source=source)
     cases["loss_and_gradients"] = loss_and_gradients
     cases["stop_request"] = stop_request

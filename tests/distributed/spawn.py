@@ -33,6 +33,7 @@ def run_on_ranks(world_size: int, cases: Mapping[str, Case], folder: Path) -> di
 
 def _rank(rank: int, world_size: int, port: int, cases: dict[str, Case], folder: Path) -> None:
     torch.set_num_threads(1)
+    torch.multiprocessing.set_start_method("fork", force=True)  # as under torchrun; a spawned process hands "spawn" on
     warnings.simplefilter("ignore")  # of DeepSpeed and gloo; the default suite's filter guards our own process
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)

@@ -5,7 +5,7 @@ import torch
 
 from evaclip.config import AdamWConfig, LambConfig, LossConfig, ModelConfig
 from evaclip.models.clip import CLIP
-from evaclip.optim.table import describe, layer_of, parameter_table
+from evaclip.optim.table import layer_of, parameter_table, summary
 
 MODEL = ModelConfig.model_validate(
     {
@@ -88,5 +88,5 @@ def test_layers_are_counted_from_the_embeddings():
 
 def test_description_accounts_for_every_parameter():
     rows = parameter_table(shapes(), LambConfig(), MODEL, LossConfig())
-    lines = describe(rows)
+    lines = summary(rows)
     assert sum(int(line.split(" tensors")[0].split()[-1]) for line in lines) == len(rows)
