@@ -153,11 +153,11 @@ def scene_caption(scene: Scene, rng: Random, template: str) -> str:
 def render_scene(scene: Scene, rng: Random) -> Image.Image:
     """Draw a scene with jittered place, size, turn, colours and canvas, 48 to 80 pixels a side."""
     side = rng.randint(48, 80)
-    width, height = side, max(48, min(80, round(side * rng.uniform(0.92, 1.08))))
+    width, height = side, max(48, min(80, round(side * rng.uniform(0.95, 1.05))))
     radius = RADIUS[scene.size] * rng.uniform(0.9, 1.1) * min(width, height)
     x, y = CENTRE[scene.position]
     place = ((x + rng.uniform(-0.03, 0.03)) * width, (y + rng.uniform(-0.03, 0.03)) * height)
-    mask = draw_shape(scene.shape, (width, height), place, radius, math.radians(rng.uniform(-5, 5)))
+    mask = draw_shape(scene.shape, (width, height), place, radius, math.radians(rng.uniform(-3, 3)))
     corners = Image.new("RGB", (2, 2))
     for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):  # a soft gradient between four shades of the background
         corners.putpixel(corner, jitter(GROUND[scene.background], 12, rng))
@@ -296,10 +296,10 @@ def training_digits(digits: Sequence[Handwriting], renderings: int) -> Iterator[
         yield digit_pair(digit, Random(f"training digit {number} {rendering}"))
 
 
-def test_digits(digits: Sequence[Handwriting]) -> Iterator[dict[str, bytes]]:
-    """One labelled rendering of each held-out digit."""
-    for number, digit in enumerate(digits):
-        image = render_digit(digit, Random(f"test digit {number}"))
+def test_digits(digits: Sequence[Handwriting], renderings: int) -> Iterator[dict[str, bytes]]:
+    """Labelled renderings of each held-out digit."""
+    for rendering, (number, digit) in itertools.product(range(renderings), enumerate(digits)):
+        image = render_digit(digit, Random(f"test digit {number} {rendering}"))
         yield {"jpg": jpeg(image), "cls": str(digit.label).encode()}
 
 

@@ -40,6 +40,8 @@ NUM_SCENES = 12_000
 """Training scenes."""
 RENDERINGS = 6
 """Training renderings of each handwritten digit."""
+TEST_RENDERINGS = 2
+"""Test renderings of each held-out one."""
 UNSEEN_PER_COMBINATION = 8
 """Test images of each combination that is never trained on."""
 NUM_RETRIEVAL = 300
@@ -92,7 +94,7 @@ def write_all(out: Path, scale: float) -> dict[str, int]:
         "digits/train": write_training(out / "digits/train", training_digits(training, RENDERINGS)),
         "scenes/train": write_training(out / "scenes/train", training_scenes(share(NUM_SCENES))),
         "eval/digits": write_benchmark(
-            evaluation / "digits", test_digits(held_out), classes=DIGITS, templates=DIGIT_TEMPLATES
+            evaluation / "digits", test_digits(held_out, TEST_RENDERINGS), classes=DIGITS, templates=DIGIT_TEMPLATES
         ),
         "eval/scenes_unseen": write_benchmark(
             evaluation / "scenes_unseen", unseen, classes=names, templates=SCENE_TEMPLATES

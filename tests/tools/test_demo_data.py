@@ -171,7 +171,7 @@ def test_held_out_digits_are_in_clip_benchmarks_layout(demo):
     assert class_names_of(dataset) == list(pictures.DIGITS)
     assert templates_of(dataset) == list(pictures.DIGIT_TEMPLATES)
     found = opened(dataset)
-    assert len(found) == round(364 * SCALE)
+    assert len(found) == round(364 * SCALE) * make_demo_data.TEST_RENDERINGS
     assert {"jpg", "cls"} == set(found[0].members)
     assert all(0 <= label_of(record, 10) < 10 for record in found)
 
