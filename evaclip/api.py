@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,10 +21,9 @@ from evaclip.data.batch import PackedText
 from evaclip.data.images import eval_crop
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.errors import CheckpointError, ConfigError
+from evaclip.loss import ContrastiveLoss
 from evaclip.models.clip import CLIP
 from evaclip.models.clip import create_model as _create_towers
-
-_LOGIT_SCALE = "logit_scale"
 
 
 class Clip:
@@ -33,13 +32,15 @@ class Clip:
     Attributes:
         model: The two towers, a plain ``nn.Module``.
         config: What they were made from.
-        logit_scale: Multiplier of cosine similarities before a softmax.
+        logit_scale: Multiplier of cosine similarities before a softmax, or a sigmoid.
+        logit_bias: Summand before a sigmoid; None for models that were not trained with the sigmoid loss.
     """
 
-    def __init__(self, model: CLIP, logit_scale: float) -> None:
+    def __init__(self, model: CLIP, logit_scale: float, logit_bias: float | None = None) -> None:
         self.model = model.eval()
         self.config = model.config
         self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
         self._tokenizer = Tokenizer(model.config.text.context_length)
 
     @property
@@ -52,7 +53,10 @@ class Clip:
 
         Raises:
             BadImageError: The image cannot be read as RGB.
+            TypeError: Something else than a Pillow image.
         """
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"preprocess takes a Pillow image, not {type(image).__name__}; open it with PIL.Image.open")
         tower = self.config.image
         pixels = eval_crop(image, tower.image_size, tower.resize).float() / 255
         mean, std = (torch.tensor(values)[:, None, None] for values in (tower.mean, tower.std))
@@ -133,7 +137,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
     checkpoint = CheckpointReader(find_checkpoint(path))
     weights = checkpoint.weights()
     towers = _create_towers(checkpoint.config.model, device=device)
-    wanted = {name: tuple(value.shape) for name, value in towers.named_parameters()} | {_LOGIT_SCALE: (1,)}
+    loss = ContrastiveLoss(checkpoint.config.loss, torch.device("cpu"))
+    parameters = dict(chain(towers.named_parameters(), loss.named_parameters()))
+    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
     if wrong:
@@ -142,6 +148,6 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
             f"{wrong[0]} (wanted {wanted.get(wrong[0])}, found {found.get(wrong[0])}); use another checkpoint"
         )
     with torch.no_grad():
-        for name, parameter in towers.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return Clip(towers, math.exp(float(weights[_LOGIT_SCALE])))
+    return Clip(towers, *loss.similarity)

@@ -207,8 +207,7 @@ def _score(path: Path, metric: str | None) -> float | None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    named = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
-    return sorted(path for path in named if (path / "meta.json").is_file())
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
 
 def _read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -278,9 +277,13 @@ def find_checkpoint(path: str | Path) -> Path:
         if problem:
             raise CheckpointError(f"{problem}; use an older checkpoint")
         return path
-    if not path.is_dir():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run directory or one of its checkpoints")
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give a run directory or one of its checkpoints")
     found, problems = newest_intact(path / "checkpoints")
+    for problem in problems if found else ():
+        log.warning("%s; using %s", problem, found)
     if found is None:
         because = f": {problems[0]}" if problems else ""
         raise CheckpointError(f"{path} holds no intact checkpoint{because}; give a run directory or a checkpoint")
@@ -344,14 +347,14 @@ def _orders(config: RunConfig) -> dict[str, list[str]]:
     return {"data.sources. in order": list(sources), **captions}
 
 
-def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> None:
-    """Refuse to continue a run as another one.
+def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> list[str]:
+    """Refuse to continue a run as another one; returns what else has changed, as lines for the log.
 
     Raises:
         ConfigError: Something that makes the model or the data order differs; the message holds the difference.
     """
     fixed = ("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks")
-    fixed += ("data.max_image_pixels", "train.global_batch", "loss.logit_scale", "loss.learn_logit_scale", "optim.name")
+    fixed += ("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name")
     movable = (".shards", "model.name")  # content is compared by digest, names by what they stand for
     before, now = (flatten(config) | _orders(config) for config in (saved, wanted))
     changed = [
@@ -365,3 +368,8 @@ def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> None:
         raise ConfigError(
             "\n  ".join([f"{origin} was made by another model or data order; use a new run_dir", *changed])
         )
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]

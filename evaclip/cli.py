@@ -13,7 +13,8 @@ from typing import Any
 
 from evaclip import config_file
 from evaclip.config import EvalConfig
-from evaclip.errors import EvaclipError, TrainingStoppedError
+from evaclip.errors import ConfigError, EvaclipError, TrainingStoppedError
+from evaclip.logs import log_error
 
 _STOPPED = 75  # EX_TEMPFAIL: interrupted, saved, to be continued
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug:
             raise
         rank = os.environ.get("RANK", "0")
+        log_error(str(error))
         if rank == "0" or not (error.on_all_ranks or isinstance(error, TrainingStoppedError)):
             print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
         sys.stderr.flush()
@@ -56,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint", parents=[shared])
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
-    evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), default="zero_shot")
-    evaluate.add_argument("--split", default="test", help="split of a CLIP_benchmark folder (default: test)")
+    evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), help="default: zero_shot")
+    evaluate.add_argument("--split", help="split of a CLIP_benchmark folder (default: test)")
     evaluate.add_argument("--class-names", metavar="FILE", help="one class name per line")
     evaluate.add_argument("--templates", metavar="FILE", help="one template per line, {c} stands for the name")
-    evaluate.add_argument("--limit", type=int, help="only the first records")
+    evaluate.add_argument("--limit", type=_positive, help="only the first records of each dataset")
     evaluate.add_argument("--batch", type=_positive, help="images per rank and forward pass")
     evaluate.add_argument(
         "--precision", choices=("bf16", "fp16", "fp32"), help="default: the run's; fp32 for bf16_weights"
@@ -71,10 +73,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer above 0")
+    return int(text)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -89,12 +90,17 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if not options.dataset and (options.task or options.split or options.class_names or options.templates):
+        raise ConfigError("--task, --split, --class-names and --templates describe a --dataset, which is missing")
+    if options.task in ("retrieval", "loss") and (options.class_names or options.templates):
+        raise ConfigError(f"--class-names and --templates are for --task zero_shot, not for {options.task}")
     datasets = _datasets(options) if options.dataset else None
     from evaclip.evaluation.command import evaluate_checkpoint  # noqa: PLC0415  as above
 
     evaluate_checkpoint(
         Path(options.checkpoint),
         datasets,
+        limit=options.limit,
         batch=options.batch,
         precision=options.precision,
         output=Path(options.output) if options.output else None,
@@ -103,9 +109,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _datasets(options: argparse.Namespace) -> dict[str, Any]:
     """The one dataset that the command line describes, under its folder's name."""
-    fields: dict[str, object] = {"task": options.task, "path": options.dataset, "split": options.split}
-    fields |= {"limit": options.limit} if options.limit is not None else {}
-    if options.task == "zero_shot" or options.class_names or options.templates:
+    fields: dict[str, object] = {"task": options.task or "zero_shot", "path": options.dataset}
+    fields |= {"split": options.split} if options.split else {}
+    if fields["task"] == "zero_shot":
         fields |= {"class_names": options.class_names, "templates": options.templates}
     name = re.sub(r"[^\w.-]", "_", Path(options.dataset).name.partition(".")[0]).lstrip(".-") or "dataset"
     return config_file.validate({"datasets": {name: fields}}, "evaluate", EvalConfig).datasets

@@ -99,6 +99,7 @@ class History:
         """Cut the rows after ``step``, the restored one; the rest is final. -1 cuts everything."""
         keep = bisect_right(self._steps, step)
         if keep < len(self._steps):
+            _log.info("%s: cut %d rows after step %d", self.path, len(self._steps) - keep, max(step, 0))
             self._cut(keep, self._offsets[keep])
         self._sealed = step
 

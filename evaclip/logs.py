@@ -65,3 +65,14 @@ def log_setup(run_dir: Path | None, rank: int = 0) -> None:
         file = _RunFileHandler(run_dir / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
         root.addHandler(file)
+
+
+def log_error(message: str) -> None:
+    """Add the error that ends a run to its ``log.txt``; the console has it already."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _RunFileHandler):
+            handler.handle(
+                logging.makeLogRecord(
+                    {"name": "evaclip", "levelno": logging.ERROR, "levelname": "ERROR", "msg": message}
+                )
+            )

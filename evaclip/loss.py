@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from evaclip.config import SigmoidConfig
 
 if TYPE_CHECKING:
     from evaclip.config import LossConfig
@@ -36,14 +39,24 @@ class LossOutput(NamedTuple):
     """Of this rank's text features."""
     scale_grad: Float[Tensor, ""]
     """Of the logarithm of the logit scale."""
+    bias_grad: Float[Tensor, ""]
+    """Of the summand of the logits; 0 for InfoNCE, which does not have one."""
     image_to_text: Float[Tensor, ""]
     """Share of images whose own caption is nearest; the same caption twice in a batch is right twice."""
     text_to_image: Float[Tensor, ""]
     """Share of captions whose own image is nearest."""
 
-    def surrogate(self, image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-        """A scalar whose gradient, added up over ranks, is that of the loss for whatever made these features."""
-        return (image * self.image_grad).sum() + (text * self.text_grad).sum()
+    def surrogate(
+        self, image: Float[Tensor, "rows dim"], text: Float[Tensor, "rows dim"], rows: slice = slice(None)
+    ) -> Float[Tensor, ""]:
+        """A scalar whose gradient, added up over ranks and ``rows``, is that of the loss for what made these features.
+
+        Args:
+            image: Image features of this rank's samples ``rows``, with graph.
+            text: Their text features.
+            rows: Which of the rank's samples these are.
+        """
+        return (image * self.image_grad[rows]).sum() + (text * self.text_grad[rows]).sum()
 
 
 def info_nce(
@@ -56,12 +69,12 @@ def info_nce(
     dz = (exp(z - row_lse) + exp(z - column_lse) - 2 I) / 2B.
 
     Args:
-        image: This rank's image features, fp32.
-        text: This rank's text features, fp32.
+        image: This rank's image features; 16-bit ones are taken as fp32.
+        text: This rank's text features.
         scale: Multiplier of the cosine similarities.
         ranks: The peers; each has equally many samples.
     """
-    image, text, scale = image.detach().float(), text.detach().float(), scale.detach().float()
+    image, text = _at_least_fp32(image), _at_least_fp32(text)
     batch, total = len(image), len(image) * ranks.world_size
     all_text = ranks.gather_rows(text)
     first = ranks.rank * batch  # column of this rank's first pair
@@ -97,7 +110,63 @@ def info_nce(
 
     loss = (row_lse + column_lse[own] - 2 * diagonal).sum() / (2 * total)
     sums = ranks.sum(torch.stack([loss, scale_grad, correct_rows / total, correct_columns / total]))
-    return LossOutput(sums[0], image_grad, text_grad, sums[1], sums[2], sums[3])
+    return LossOutput(sums[0], image_grad, text_grad, sums[1], torch.zeros_like(sums[1]), sums[2], sums[3])
+
+
+def sigmoid_loss(
+    image: Float[Tensor, "batch dim"],
+    text: Float[Tensor, "batch dim"],
+    scale: Float[Tensor, ""],
+    bias: Float[Tensor, ""],
+    ranks: Ranks,
+) -> LossOutput:
+    """Pairwise sigmoid loss (SigLIP, arXiv:2303.15343, algorithm 1) of normalised features.
+
+    With z = scale * image @ text.T + bias and y = 1 for pairs, -1 for all others, the loss is the sum of
+    log(1 + exp(-y_ij z_ij)) over all i and j, divided by B. No logit depends on another: one sweep over the tiles is
+    enough.
+
+    Args:
+        image: This rank's image features; 16-bit ones are taken as fp32.
+        text: This rank's text features.
+        scale: Multiplier of the cosine similarities.
+        bias: Summand of the logits.
+        ranks: The peers; each has equally many samples.
+    """
+    image, text = _at_least_fp32(image), _at_least_fp32(text)
+    batch, total = len(image), len(image) * ranks.world_size
+    all_text = ranks.gather_rows(text)
+    first = ranks.rank * batch
+
+    image_grad, all_text_grad = torch.empty_like(image), torch.zeros_like(all_text)
+    matched, row_max, column_max = image.new_empty(batch), image.new_empty(batch), image.new_full((total,), -math.inf)
+    loss, scale_grad, bias_grad = torch.zeros(3, dtype=torch.float64, device=image.device)
+    for rows, logits in _tiles(image, all_text, scale):
+        places = torch.arange(first + rows.start, first + rows.stop, device=image.device)[:, None]
+        matched[rows], row_max[rows] = logits.gather(1, places)[:, 0], logits.amax(1)
+        column_max = torch.maximum(column_max, logits.amax(0))
+        signed = (logits + bias).scatter_(1, places, -(matched[rows, None] + bias))  # -y z
+        loss = loss + F.softplus(signed).sum(1).double().sum()
+        grad = signed.sigmoid_()
+        grad.scatter_(1, places, -grad.gather(1, places))
+        grad /= total
+        scale_grad, bias_grad = (
+            scale_grad + (grad * logits).sum(1).double().sum(),
+            bias_grad + grad.sum(1).double().sum(),
+        )
+        image_grad[rows] = scale * grad @ all_text
+        all_text_grad.addmm_(grad.T, image[rows])
+    text_grad = scale * ranks.sum_own_rows(all_text_grad)
+
+    column_max = ranks.max(column_max)[first : first + batch]
+    correct = torch.stack([(matched >= row_max).sum(), (matched >= column_max).sum()])
+    sums = ranks.sum(torch.cat([torch.stack([loss / total, scale_grad, bias_grad]), correct / total])).to(image.dtype)
+    return LossOutput(sums[0], image_grad, text_grad, *sums[1:])
+
+
+def _at_least_fp32(features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    """Without graph; what is wider stays as it is."""
+    return features.detach().to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _tiles(
@@ -110,22 +179,44 @@ def _tiles(
         yield tile, scale * (image[tile] @ text.T)
 
 
+class Similarity(NamedTuple):
+    """From a cosine to a logit: ``scale * cosine + bias``; only the sigmoid loss has a bias."""
+
+    scale: float
+    bias: float | None = None
+
+
 class ContrastiveLoss(nn.Module):
-    """InfoNCE with its temperature. ``logit_scale`` is the multiplier's logarithm, fp32, replicated on every rank."""
+    """A loss with its scalars, fp32, replicated on every rank.
+
+    Attributes:
+        logit_scale: Logarithm of the multiplier, shape [1].
+        logit_bias: Summand of the sigmoid loss, shape [1]; None for InfoNCE.
+    """
 
     def __init__(self, config: LossConfig, device: torch.device) -> None:
         super().__init__()
         start = torch.full((1,), math.log(config.logit_scale), device=device)
         self.logit_scale = nn.Parameter(start, requires_grad=config.learn_logit_scale)
+        self.logit_bias: nn.Parameter | None = None
+        if isinstance(config, SigmoidConfig):
+            bias = torch.full((1,), config.logit_bias, device=device)
+            self.logit_bias = nn.Parameter(bias, requires_grad=config.learn_logit_bias)
 
     @property
-    def multiplier(self) -> float:
-        """The logit scale itself; waits for the device."""
-        return float(self.logit_scale.detach().exp())
+    def similarity(self) -> Similarity:
+        """The scalars as numbers; waits for the device."""
+        bias = None if self.logit_bias is None else float(self.logit_bias.detach())
+        return Similarity(float(self.logit_scale.detach().exp()), bias)
 
     def forward(self, image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], ranks: Ranks) -> LossOutput:
-        """The loss over the global batch; leaves the temperature's gradient in ``logit_scale.grad``."""
-        output = info_nce(image, text, self.logit_scale.exp()[0], ranks)
-        if self.logit_scale.requires_grad:
-            self.logit_scale.grad = output.scale_grad.reshape(1)
+        """The loss over the global batch; leaves the gradients of the scalars in their ``grad``."""
+        scale = self.logit_scale.detach().exp()[0]
+        if self.logit_bias is None:
+            output = info_nce(image, text, scale, ranks)
+        else:
+            output = sigmoid_loss(image, text, scale, self.logit_bias.detach()[0], ranks)
+        for parameter, grad in ((self.logit_scale, output.scale_grad), (self.logit_bias, output.bias_grad)):
+            if parameter is not None and parameter.requires_grad:
+                parameter.grad = grad.reshape(1)
         return output

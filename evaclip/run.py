@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ import torch
 
 import evaclip
 from evaclip import checkpoint
+from evaclip.config import DeepSpeedEngineConfig
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
@@ -74,6 +76,11 @@ class Run:
         """Samples taken by all attempted updates."""
         return self.step * self.config.train.global_batch
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Forwards that a rank needs for its share of a global batch."""
+        return _num_micro_batches(self.config, self.ranks)
+
     def stream(self) -> Stream:
         """Batches from here to the last step."""
         gpu_compiled = self.config.train.compile and self.ranks.device.type == "cuda"
@@ -84,6 +91,7 @@ class Run:
             self.ranks,
             steps=self.config.train.steps - self.step,
             states=self.slot_states or {},
+            micro_batches=self.num_micro_batches,
             token_multiple=_TOKEN_MULTIPLE if gpu_compiled else 1,
         )
 
@@ -112,8 +120,9 @@ class Run:
                 ("exp_avg_sq", piece.exp_avg_sq),
             ):
                 entries.append(checkpoint.Entry(kind, piece.row.name, piece.start, values))
-        if self.ranks.is_main and not self.loss.logit_scale.requires_grad:
-            entries.append(checkpoint.Entry("weight", "logit_scale", 0, self.loss.logit_scale))
+        frozen = {name: p for name, p in self.loss.named_parameters() if not p.requires_grad}
+        if self.ranks.is_main:
+            entries += [checkpoint.Entry("weight", name, 0, value) for name, value in frozen.items()]
         path = checkpoint.save(self.directory / "checkpoints", self.config, state, entries, self.ranks)
         if self.ranks.is_main:
             checkpoint.delete_old(path.parent, self.config.checkpoint, self.step)
@@ -137,11 +146,10 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         DataError: The sources cannot be used.
         CheckpointError: The checkpoint does not fit the data or the model.
     """
-    _require_one_forward(config, ranks)
+    _require_exact_accumulation(config, ranks)
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
-    if reader:
-        checkpoint.refuse_changes(reader.config, config, reader.path)
+    changes = checkpoint.refuse_changes(reader.config, config, reader.path) if reader else []
     sources = open_sources(config, ranks)
     if reader:
         _require_same_data(reader, sources)
@@ -152,7 +160,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
 
     clip = create_model(config.model, seed=config.seed, device=ranks.device)
     loss = ContrastiveLoss(config.loss, ranks.device)
-    shapes = {name: list(p.shape) for name, p in clip.named_parameters()} | {"logit_scale": [1]}
+    shapes = {name: list(p.shape) for name, p in chain(clip.named_parameters(), loss.named_parameters())}
     if reader:
         _load_weights(reader, clip, loss)
     engine = create_engine(config, clip, loss, ranks)
@@ -164,18 +172,25 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
             (run.directory / ".config.yaml.tmp").write_text(dump(config), encoding="utf-8")
             (run.directory / ".config.yaml.tmp").replace(run.directory / "config.yaml")
             _announce(run, reader)
+            for change in changes:
+                log.info("changed since then: %s", change)
     return run
 
 
-def _require_one_forward(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse accumulation, which this version does not carry out exactly."""
-    batch, micro = config.train.global_batch, config.train.micro_batch
-    if micro is not None and micro * ranks.world_size < batch:
-        forwards = -(-batch // (micro * ranks.world_size))
+def _num_micro_batches(config: RunConfig, ranks: Ranks) -> int:
+    share = max(1, config.train.global_batch // ranks.world_size)
+    return -(-share // (config.train.micro_batch or share))
+
+
+def _require_exact_accumulation(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse to add up micro-batches in 16 bits: the gradient would depend on their number."""
+    engine, pieces = config.engine, _num_micro_batches(config, ranks)
+    zero1 = isinstance(engine, DeepSpeedEngineConfig) and engine.zero_stage == 1
+    if zero1 and config.train.precision == "bf16_weights" and pieces > 1:
         raise ConfigError(
-            f"train.micro_batch {micro} on {ranks.world_size} ranks would need {forwards} accumulated forwards for "
-            f"train.global_batch {batch}, which is not exact yet; raise train.micro_batch to "
-            f"{-(-batch // ranks.world_size)}, lower the global batch to {micro * ranks.world_size} or add ranks"
+            f"train.micro_batch {config.train.micro_batch} on {ranks.world_size} ranks makes {pieces} micro-batches, "
+            f"whose gradients ZeRO-1 adds up in 16 bits under train.precision bf16_weights; "
+            f"use engine.zero_stage=2, train.precision=bf16 or a larger micro_batch"
         )
 
 
@@ -205,10 +220,13 @@ def _lock(directory: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace")
         os.close(descriptor)
         raise ConfigError(
-            f"another process trains in run_dir {directory}; wait for it or end it, or choose another run_dir"
+            f"another process trains in run_dir {directory} ({owner}); wait for it or end it, or choose another run_dir"
         ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
     _locks[directory.resolve()] = descriptor
 
 
@@ -221,10 +239,10 @@ def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader 
             damaged = checkpoint.set_aside(folder)
             found = checkpoint.newest_intact(folder)[0], damaged
     path, damaged = ranks.from_main(found)
-    for text in damaged:
-        log.warning("damaged checkpoint set aside: %s", text)
     if damaged and path is None:
         raise CheckpointError(f"no checkpoint of {config.run_dir} is intact: {damaged[0]}; use a new run_dir")
+    for text in damaged:
+        log.warning("damaged checkpoint set aside: %s", text)
     return checkpoint.CheckpointReader(path) if path else None
 
 
@@ -240,7 +258,7 @@ def _require_same_data(reader: checkpoint.CheckpointReader, sources: Mapping[str
 
 def _load_weights(reader: checkpoint.CheckpointReader, clip: CLIP, loss: ContrastiveLoss) -> None:
     """Fill towers and temperature before the engine takes them over."""
-    targets = dict(clip.named_parameters()) | {"logit_scale": loss.logit_scale}
+    targets = dict(chain(clip.named_parameters(), loss.named_parameters()))
     saved = reader.state.shapes
     shapes = {name: list(parameter.shape) for name, parameter in targets.items()}
     wrong = [
@@ -292,6 +310,8 @@ def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
             len(layout.shard_records),
             layout.block_records,
         )
+    share = config.train.global_batch // ranks.world_size
+    log.info("each rank takes its %d samples of a step in %d micro-batches", share, run.num_micro_batches)
     log.info("%d slots; the run can continue on %s ranks", run.plan.slots, ", ".join(map(str, worlds)))
     image = config.model.image
     log.info("image tower keeps %d of %d patches in training", image.kept_patches, image.grid**2)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from evaclip.accumulation import forward_backward
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.data.pipeline import SourceAccount, account, require_few_bad
 from evaclip.distributed import Ranks, agreed, started
@@ -62,20 +63,18 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
     batches = iter(run.stream())
     while run.step < steps:
         with report.clock.waiting():
-            batch, states = next(batches)
-        batch = batch.to(ranks.device, non_blocking=True)
+            micro_batches, states = next(batches)
+        micro_batches = [batch.to(ranks.device, non_blocking=True) for batch in micro_batches]
         factor = learning_rate_factor(
             run.step, steps=steps, warmup_steps=schedule.warmup_steps, final_fraction=schedule.final_fraction
         )
 
-        features = engine.forward(batch)
-        output = run.loss(features.image, features.text, ranks)
-        engine.backward(output.surrogate(features.image, features.text))
+        output = forward_backward(engine, run.loss, micro_batches, ranks)
         engine.step(factor, output.loss)
 
         run.step += 1
         run.slot_states = states
-        report.step(run, batch, output)
+        report.step(run, micro_batches, output)
         asked = stop.agreed()
         last = run.step == steps
         if run.step % config.log.every_steps == 0 or last:
@@ -110,9 +109,13 @@ class Report:
     tracker: Tracker | None
     evaluated: dict[str, float]
     """Results at the current step, for the checkpoint."""
+    skips_told: dict[str, int] = field(default_factory=dict)
+    """Source -> unusable records when the log last spoke of them."""
 
-    def step(self, run: Run, batch: Batch, output: LossOutput) -> None:
+    def step(self, run: Run, micro_batches: Sequence[Batch], output: LossOutput) -> None:
         """Count one step; nothing here waits for the device."""
+        tokens = sum(batch.text.tokens_per_caption * len(batch.images) for batch in micro_batches)
+        tokens /= sum(len(batch.images) for batch in micro_batches)
         optimizer = run.engine.optimizer
         self.evaluated = {}
         self.meter.update(
@@ -123,7 +126,7 @@ class Report:
                 "train/grad_norm": optimizer.grad_norm,
                 "train/skipped_steps": (optimizer.consecutive_skips > 0).long(),
                 "train/consecutive_skips": optimizer.consecutive_skips,
-                "data/text_tokens": output.loss.new_full((), batch.text.tokens_per_caption),
+                "data/text_tokens": output.loss.new_full((), tokens),
             }
         )
         if self.progress:
@@ -133,6 +136,8 @@ class Report:
         """Publish a row: the one place in the loop that waits for the device."""
         config, optimizer = run.config, run.engine.optimizer
         scalars: dict[str, Tensor] = {"train/logit_scale": run.loss.logit_scale.detach().exp()}
+        if run.loss.logit_bias is not None:
+            scalars["train/logit_bias"] = run.loss.logit_bias.detach()
         if len(optimizer.trust_ratios):
             levels = torch.tensor([0.05, 0.5, 0.95], device=run.ranks.device)
             quantiles = optimizer.trust_ratios.quantile(levels)
@@ -156,6 +161,7 @@ class Report:
         with agreed(run.ranks), writing("metrics.jsonl"):
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
+                self._tell_skips(accounts)
         require_few_bad(accounts, config.data.max_bad_fraction)
         most = config.train.max_consecutive_skipped_steps
         if values["train/consecutive_skips"] >= most:
@@ -165,6 +171,14 @@ class Report:
                 f"lower the learning rate or look at the data"
             )
 
+    def _tell_skips(self, accounts: Mapping[str, SourceAccount]) -> None:
+        for name, entry in accounts.items():
+            bad = sum(entry.skipped.values())
+            if bad >= 2 * self.skips_told.get(name, 0) and bad:  # each time they have doubled
+                reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.skipped.items()))
+                log.warning("source %s: records skipped so far: %s", name, reasons)
+                self.skips_told[name] = bad
+
     def evaluation(self, run: Run) -> None:
         """Evaluate on all ranks and publish the results."""
         config = run.config
@@ -172,7 +186,7 @@ class Report:
             results = list(
                 evaluate(
                     run.engine.towers,
-                    run.loss.multiplier,
+                    run.loss.similarity,
                     config.eval,
                     config.model,
                     run.ranks,

@@ -161,6 +161,11 @@ def test_what_was_not_tokenized_here_is_refused(clip, given):
         clip.encode_text(given)
 
 
+def test_a_path_is_no_image(clip):
+    with pytest.raises(TypeError, match=r"takes a Pillow image, not str; open it with PIL\.Image\.open"):
+        clip.preprocess("picture.jpg")
+
+
 def test_the_package_hands_out_the_api():
     assert isinstance(evaclip.create_model(ModelConfig.model_validate(MODEL)), Clip)
     with pytest.raises(AttributeError, match="no attribute 'train_clip'"):

@@ -1,6 +1,7 @@
 """What people meet: commands, and one clear message with an exit code where something is wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,6 @@ def test_unreadable_configuration_is_refused(fails, tmp_path):
         (["{run}"], "names no datasets; give one with --dataset PATH"),
         (["{run}", "--dataset", "/nowhere"], "/nowhere"),
         (["{run}", "--dataset", "s3://x/y"], "only local paths are read"),
-        (["{run}", "--dataset", "/nowhere", "--limit", "0"], "limit: Input should be greater than 0"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_measure(config, fails, tmp_path, arguments, message):
@@ -197,3 +197,37 @@ def test_local_launch_says_how_it_is_used():
     done = subprocess.run(["launch/local.sh"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "usage: launch/local.sh NPROC CONFIG.yaml" in done.stderr
+
+
+def test_local_launch_says_mistakes_once_and_before_it_starts(config, tmp_path):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = {"env": {**environment(), "PATH": path}, "cwd": REPOSITORY, "capture_output": True, "text": True}
+    misspelt = subprocess.run(["launch/local.sh", "2", config(), "train.stps=3"], check=False, **options)
+    assert misspelt.returncode == 1
+    assert misspelt.stderr.count("did you mean train.steps") == 1
+    assert "Traceback" not in misspelt.stderr
+    for processes in ("two", "0", "-1"):
+        done = subprocess.run(["launch/local.sh", processes, config()], check=False, **options)
+        assert (done.returncode, done.stderr.startswith("usage: launch/local.sh")) == (2, True)
+
+
+def test_the_error_that_ends_a_run_stands_in_its_log(config, fails, tmp_path):
+    message = fails("train", config({"shards": "/nowhere/{0..1}.tar"}))
+    assert message.strip().removeprefix("error: ") in (tmp_path / "run/log.txt").read_text()
+
+
+def test_options_of_a_dataset_need_a_dataset(config, fails, capsys, tmp_path, colour_shards):
+    held = {"held": {"task": "loss", "path": str(colour_shards / "00000.tar")}}
+    cli.main(["train", config(eval__datasets=held, eval__batch=10)])
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    assert "describe a --dataset, which is missing" in fails("evaluate", run, "--task", "loss")
+    assert "are for --task zero_shot" in fails(
+        "evaluate", run, "--dataset", "x", "--task", "retrieval", "--class-names", "names"
+    )
+    assert "nowhere does not exist" in fails("evaluate", run, "--dataset", "nowhere")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evaluate", run, "--limit", "0"])
+    assert "0 is not an integer above 0" in capsys.readouterr().err
+    cli.main(["evaluate", run, "--limit", "20"])
+    assert re.search(r"^held +20 +loss", capsys.readouterr().out, re.MULTILINE)

@@ -21,7 +21,7 @@ LAYERS = [
         "logs",
     },
     {"models", "loss", "optim", "data", "meter"},
-    {"distributed", "engine", "checkpoint", "preemption", "progress", "tracking", "sources"},
+    {"accumulation", "distributed", "engine", "checkpoint", "preemption", "progress", "tracking", "sources"},
     {"api", "run", "train", "evaluation", "cli", "__main__"},
 ]
 ONLY_IN = {

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from evaclip import loss as loss_module
-from evaclip.config import LossConfig
+from evaclip.config import LossConfig, SigmoidConfig
 from evaclip.distributed import Ranks
-from evaclip.loss import ContrastiveLoss, info_nce
+from evaclip.loss import ContrastiveLoss, info_nce, sigmoid_loss
 
 
 def features(batch, dim, seed=0, noise=1.0):
@@ -36,6 +36,48 @@ def test_value_and_gradients_equal_the_naive_loss_in_double(monkeypatch, scale, 
     floor = scale / 33
     for got, want in zip((output.image_grad, output.text_grad, output.scale_grad), grads, strict=True):
         assert (got - want).norm() <= 1e-5 * max(float(want.norm()), floor)
+
+
+def naive_sigmoid(image, text, log_scale, bias):
+    signs = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -F.logsigmoid(signs * (log_scale.exp() * image @ text.T + bias)).sum() / len(image)
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (10.0, -10.0), (100.0, -30.0)])
+@pytest.mark.parametrize("tile", [7, 1 << 22])
+def test_sigmoid_loss_and_gradients_equal_the_naive_ones_in_double(monkeypatch, scale, bias, tile):
+    monkeypatch.setattr(loss_module, "_TILE_NUMBERS", tile * 33)
+    image, text = features(33, 16)
+    output = sigmoid_loss(image, text, torch.tensor(scale), torch.tensor(bias), Ranks())
+    inputs = [t.double().requires_grad_() for t in (image, text, torch.tensor(scale).log(), torch.tensor(bias))]
+    expected = naive_sigmoid(*inputs)
+    grads = torch.autograd.grad(expected, inputs)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    floor = scale / 33
+    found = (output.image_grad, output.text_grad, output.scale_grad, output.bias_grad)
+    for got, want in zip(found, grads, strict=True):
+        assert (got - want).norm() <= 1e-5 * max(float(want.norm()), floor)
+    logits = image @ text.T
+    assert output.image_to_text.item() == pytest.approx((logits.argmax(1) == torch.arange(33)).float().mean().item())
+    assert output.text_to_image.item() == pytest.approx((logits.argmax(0) == torch.arange(33)).float().mean().item())
+
+
+def test_the_sigmoid_loss_learns_its_scale_and_its_bias():
+    image, text = features(8, 4)
+    loss = ContrastiveLoss(SigmoidConfig(name="sigmoid"), torch.device("cpu"))
+    assert loss.similarity == (pytest.approx(10), -10.0)
+    output = loss(image, text, Ranks())
+    assert loss.logit_scale.grad.item() == output.scale_grad.item() != 0
+    assert loss.logit_bias.grad.item() == output.bias_grad.item() != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_16_bit_features_are_taken_in_fp32(dtype):
+    image, text = (t.to(dtype) for t in features(64, 16))
+    output = info_nce(image, text, torch.tensor(30.0), Ranks())
+    expected = naive(image.double(), text.double(), torch.tensor(30.0).double().log())
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.image_grad.dtype == torch.float32
 
 
 def test_surrogate_has_the_gradient_of_the_loss():

@@ -103,7 +103,18 @@ def test_more_steps_and_another_learning_rate_continue_a_run(tmp_path):
     train(tiny_config(tmp_path))
     train(tiny_config(tmp_path, train__steps=6, optim__lr=2e-3))
     assert f"continuing {tmp_path} at step 4" in (tmp_path / "log.txt").read_text()
+    assert "changed since then: optim.lr: 0.001 -> 0.002" in (tmp_path / "log.txt").read_text()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_without_its_metadata_is_damage_and_not_a_fresh_start(tmp_path):
+    train(tiny_config(tmp_path))
+    history = (tmp_path / "metrics.jsonl").read_bytes()
+    for path in (tmp_path / "checkpoints").glob("step_*/meta.json"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact: .*meta\.json cannot be read"):
+        train(tiny_config(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == history
 
 
 def test_another_model_or_data_order_is_refused_with_the_difference(tmp_path):
@@ -156,9 +167,20 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplog)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_accumulation_is_refused_with_its_reason(tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.micro_batch 8 on 1 ranks would need 2 accumulated forwards"):
-        train(tiny_config(tmp_path, train__micro_batch=8))
+@pytest.mark.parametrize("micro_batch", [8, 5, 1])
+def test_micro_batches_change_no_loss(tmp_path, micro_batch):
+    train(tiny_config(tmp_path / "whole"))
+    train(tiny_config(tmp_path / "parts", train__micro_batch=micro_batch))
+    whole, parts = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("whole", "parts"))
+    assert parts == pytest.approx(whole, rel=1e-5)  # fp32 sums in another order
+    log = (tmp_path / "parts/log.txt").read_text()
+    assert f"each rank takes its 16 samples of a step in {-(-16 // micro_batch)} micro-batches" in log
+
+
+def test_adding_up_micro_batches_in_16_bits_is_refused(tmp_path):
+    options = {"engine__name": "deepspeed", "train__precision": "bf16_weights", "train__micro_batch": 8}
+    with pytest.raises(ConfigError, match=r"makes 2 micro-batches, whose gradients ZeRO-1 adds up in 16 bits"):
+        open_run(tiny_config(tmp_path, **options), Ranks())
 
 
 def test_fewer_records_than_a_batch_are_refused(tmp_path):
@@ -264,7 +286,7 @@ def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone
     with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())
         try:
-            with pytest.raises(ConfigError, match="another process trains in run_dir"):
+            with pytest.raises(ConfigError, match=rf"another process trains in run_dir .* \(process {process.pid} on "):
                 train(tiny_config(tmp_path))
             process.kill()
             process.wait()

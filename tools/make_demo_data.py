@@ -129,13 +129,20 @@ def make_demo_data(out: Path, scale: float) -> dict[str, int]:
     return records
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def main(argv: list[str]) -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("out", type=Path, help="folder to write; demo data in it is replaced")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of records, for tests")
+    parser.add_argument("--scale", type=_positive, default=1.0, help="factor on the number of records, for tests")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     try:

@@ -335,6 +335,11 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         summary = make_report(arguments.run_dir, arguments.require)
+    except (ValueError, KeyError, TypeError) as error:
+        print(
+            f"error: {arguments.run_dir} holds results that cannot be read ({error}); evaluate again", file=sys.stderr
+        )
+        return 1
     except (EvaclipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,15 @@ from evaclip.config.data import (
     ValidationLossDataset,
     ZeroShotDataset,
 )
-from evaclip.config.model import ImageTowerConfig, LossConfig, ModelConfig, TextTowerConfig
+from evaclip.config.model import (
+    ImageTowerConfig,
+    InfoNceConfig,
+    Loss,
+    LossConfig,
+    ModelConfig,
+    SigmoidConfig,
+    TextTowerConfig,
+)
 from evaclip.config.run import (
     AdamWConfig,
     CheckpointConfig,
@@ -50,8 +58,10 @@ __all__ = [
     "EvalConfig",
     "EvalDataset",
     "ImageTowerConfig",
+    "InfoNceConfig",
     "LambConfig",
     "LogConfig",
+    "Loss",
     "LossConfig",
     "ModelConfig",
     "Optim",
@@ -60,6 +70,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "ShardSource",
+    "SigmoidConfig",
     "Source",
     "SyntheticSource",
     "TextTowerConfig",

@@ -31,11 +31,19 @@ def _expand(value: object) -> object:
 def _local(value: str) -> str:
     if value.startswith("pipe:") or "://" in value:
         raise ValueError("only local paths are read; copy or mount the shards first")
+    if re.search(r"[*?]", value):
+        raise ValueError("wildcards are not expanded; name the shards with braces, as in {00000..00041}.tar")
     return value
+
+
+def _listed(value: object) -> object:
+    """One pattern stands for a list of one."""
+    return (value,) if isinstance(value, str) else value
 
 
 FilePath = Annotated[str, BeforeValidator(_expand)]
 ShardPattern = Annotated[str, BeforeValidator(_expand), AfterValidator(_local)]
+ShardPatterns = Annotated[tuple[ShardPattern, ...], BeforeValidator(_listed)]
 
 
 class Section(BaseModel):

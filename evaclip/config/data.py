@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from evaclip.config.base import FilePath, Fraction, Name, Probability, Section, ShardPattern, tagged
+from evaclip.config.base import FilePath, Fraction, Name, Probability, Section, ShardPattern, ShardPatterns, tagged
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 """Members that hold a record's image, in order of preference."""
@@ -17,7 +17,7 @@ class ShardSource(Section):
 
     kind: Literal["shards"] = "shards"
     """shards (read from tars) or synthetic."""
-    shards: ShardPattern | tuple[ShardPattern, ...]
+    shards: ShardPatterns
     """Local tars: a path or a list, with brace ranges such as ``/data/{00000..00099}.tar``."""
     weight: PositiveFloat = 1.0
     """Expected share of the samples, relative to the other sources' weights."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from evaclip.config.base import Colour, Fraction, Section
+from evaclip.config.base import Colour, Fraction, Section, tagged
 from evaclip.models.registry import ALIASES, PRESETS
 
 
@@ -127,7 +127,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class LossConfig(Section):
-    """Symmetric InfoNCE (arXiv:2103.00020) and its temperature."""
+    """The temperature, which every loss has."""
 
     logit_scale: PositiveFloat = 1 / 0.07
     """Initial multiplier of the cosine similarities (1 / temperature); its logarithm is the parameter."""
@@ -141,3 +141,26 @@ class LossConfig(Section):
         if self.logit_scale > self.max_logit_scale:
             raise ValueError(f"logit_scale {self.logit_scale} is above max_logit_scale {self.max_logit_scale}")
         return self
+
+
+class InfoNceConfig(LossConfig):
+    """Symmetric InfoNCE (arXiv:2103.00020)."""
+
+    name: Literal["info_nce"] = "info_nce"
+    """The loss: info_nce or sigmoid."""
+
+
+class SigmoidConfig(LossConfig):
+    """Pairwise sigmoid loss (SigLIP, arXiv:2303.15343)."""
+
+    name: Literal["sigmoid"]
+    """The loss: info_nce or sigmoid."""
+    logit_scale: PositiveFloat = 10.0
+    """Initial multiplier of the cosine similarities; its logarithm is the parameter."""
+    logit_bias: float = -10.0
+    """Initial summand of the logits."""
+    learn_logit_bias: bool = True
+    """Whether the summand is trained."""
+
+
+Loss = Annotated[InfoNceConfig | SigmoidConfig, Field(discriminator="name"), tagged("name", "info_nce")]

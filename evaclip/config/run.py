@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
 from evaclip.config.data import DataConfig, EvalConfig
-from evaclip.config.model import LossConfig, ModelConfig
+from evaclip.config.model import InfoNceConfig, Loss, ModelConfig
 from evaclip.metrics import EVAL_METRICS
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
@@ -43,12 +43,16 @@ class OptimConfig(Section):
 
 
 class LambConfig(OptimConfig):
-    """LAMB (arXiv:1904.00962), bias-corrected."""
+    """LAMB (arXiv:1904.00962)."""
 
     name: Literal["lamb"] = "lamb"
     """The optimizer: lamb or adamw."""
     trust_ratio: Literal["decayed", "all"] = "decayed"
-    """Which tensors take a trust ratio: those with weight decay (as timm does), or all but the logit scale."""
+    """Which tensors take a trust ratio: those with weight decay (as timm does), or all but gains and scalars."""
+    trust_ratio_bounds: tuple[NonNegativeFloat, PositiveFloat] | None = None
+    """Trust ratios are clamped to these, for instance [0.01, 10] as in DeepSpeed's FusedLamb; null does not clamp."""
+    bias_correction: bool = True
+    """Divide the moments by 1 - beta^t, t counting applied updates."""
 
 
 class AdamWConfig(OptimConfig):
@@ -100,7 +104,8 @@ class TrainConfig(Section):
     global_batch: Annotated[int, Field(ge=2)]
     """Samples of one update, over all ranks; the same on any number of ranks."""
     micro_batch: PositiveInt | None = None
-    """Most samples a rank takes through the towers at once; null: its whole share."""
+    """Most samples a rank takes through the towers at once, which changes nothing but memory and time; a larger share
+    is taken in several micro-batches. null: the whole share at once."""
     precision: Literal["bf16", "bf16_weights", "fp16", "fp32"] = "bf16"
     """bf16, fp16: fp32 weights under autocast; bf16_weights: 16-bit weights with an fp32 master; fp32."""
     activation_checkpointing: bool = False
@@ -162,7 +167,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     """Of initial weights, data order, crops and dropped patches."""
     model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
+    loss: Loss = InfoNceConfig()
     data: DataConfig
     train: TrainConfig
     optim: Optim = LambConfig()
@@ -195,21 +200,11 @@ def _disagreements(run: RunConfig) -> list[str]:
             "optim.name lamb with optim.trust_ratio decayed and no weight decay would be plain Adam; "
             "set optim.trust_ratio=all, or optim.name=adamw"
         )
-    if isinstance(run.engine, DeepSpeedEngineConfig):
-        if isinstance(run.optim, LambConfig):
-            found.append(
-                "optim.name lamb is not exact under engine.name deepspeed yet: ZeRO hands the optimizer flat slices, "
-                "so a trust ratio would be that of a slice; use engine.name=torch or optim.name=adamw"
-            )
-        if run.engine.zero_stage == 3 and run.train.compile:
-            found.append(
-                "train.compile breaks ZeRO-3's fetching of parameters block by block; "
-                "use engine.zero_stage=2 or train.compile=false"
-            )
-        if run.train.precision == "fp16":
-            found.append(
-                "train.precision fp16 runs on engine.name torch only so far; use bf16, which needs no loss scaling"
-            )
+    if isinstance(run.engine, DeepSpeedEngineConfig) and run.engine.zero_stage == 3 and run.train.compile:
+        found.append(
+            "train.compile breaks ZeRO-3's fetching of parameters block by block; "
+            "use engine.zero_stage=2 or train.compile=false"
+        )
     if run.eval.every_steps and not run.eval.datasets:
         found.append("eval.every_steps is set, but eval.datasets is empty")
     if run.checkpoint.keep_best:

@@ -7,6 +7,7 @@ as used and the batch of step t depends neither on the number of workers nor on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -121,14 +122,16 @@ class _SlotParts(IterableDataset[Any]):
                     f"source {self.plan.sources[source].name}: {len(reasons)} records in a row cannot be used, "
                     f"the last in {self.readers[source].shard_name(pick.shard)}: "
                     + ", ".join(f"{reasons.count(why)} {why}" for why in sorted(set(reasons)))
+                    + "; mend the shard or take it out of the list"
                 ) from None
             cursor.deliver(source)
             return sample, seed
 
 
 class Stream:
-    """A rank's batches, each with the state behind it: ``for batch, states in stream``.
+    """A rank's part of each step as micro-batches, with the state behind it: ``for micro_batches, states in stream``.
 
+    A step's samples lie in the order of their slots and are cut into ``micro_batches`` runs, equal to within a sample.
     ``states`` maps each of the rank's slots to where it stands; give the union over all ranks back to continue, on
     any number of ranks and workers.
     """
@@ -142,9 +145,11 @@ class Stream:
         *,
         steps: int,
         states: Mapping[int, SlotState],
+        micro_batches: int = 1,
         token_multiple: int = 1,
     ) -> None:
         self.slots = slots_of_rank(plan.slots, ranks.rank, ranks.world_size)
+        self._micro_batches = micro_batches
         self._token_multiple = token_multiple
         self._workers = min(config.data.workers, len(self.slots))
         readers = [source.reader for source in sources.values()]
@@ -153,13 +158,13 @@ class Stream:
         self._loader = loader(parts, workers=self._workers, batch_size=None)
         self._pin = ranks.device.type == "cuda"
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[int, SlotState]]]:
+    def __iter__(self) -> Iterator[tuple[list[Batch], dict[int, SlotState]]]:
         parts = iter(self._loader)
         # Workers answer in turn, so each group of as many parts is one step, in the order of the slots.
         for group in zip(*[parts] * max(1, self._workers), strict=True):
             yield self._join(group)
 
-    def _join(self, parts: Sequence[Part | DataError]) -> tuple[Batch, dict[int, SlotState]]:
+    def _join(self, parts: Sequence[Part | DataError]) -> tuple[list[Batch], dict[int, SlotState]]:
         for part in parts:
             if isinstance(part, DataError):
                 raise part
@@ -171,13 +176,20 @@ class Stream:
             for length in part.lengths:
                 captions.append(tokens[start : start + length])
                 start += length
-        batch = Batch(
-            images=torch.cat([part.images for part in parts]),
-            text=PackedText.pack(captions, multiple_of=self._token_multiple),
-            seeds=torch.cat([part.seeds for part in parts]),
-        )
+        images, seeds = torch.cat([part.images for part in parts]), torch.cat([part.seeds for part in parts])
         states = [state for part in parts for state in part.states]
-        return batch.pin_memory() if self._pin else batch, dict(zip(self.slots, states, strict=True))
+        bounds = [number * len(captions) // self._micro_batches for number in range(self._micro_batches + 1)]
+        batches = [
+            Batch(
+                images=images[start:stop],
+                text=PackedText.pack(captions[start:stop], multiple_of=self._token_multiple),
+                seeds=seeds[start:stop],
+            )
+            for start, stop in pairwise(bounds)
+        ]
+        return [batch.pin_memory() if self._pin else batch for batch in batches], dict(
+            zip(self.slots, states, strict=True)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- accounting

@@ -102,8 +102,9 @@ def expand(pattern: str | Sequence[str]) -> list[Path]:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         what = "is a folder, not a shard" if missing[0].is_dir() else "does not exist"
+        origin = "" if missing[0].is_absolute() else f", which counts from {Path.cwd()}"
         raise DataError(
-            f"{missing[0]} {what} ({len(missing)} of {len(paths)} shards cannot be used); check the pattern"
+            f"{missing[0]} {what} ({len(missing)} of {len(paths)} shards cannot be used); check the pattern{origin}"
         )
     return paths
 
@@ -240,7 +241,9 @@ def ensure_index(shard: Path, index_dir: str | None = None) -> ShardIndex:
     try:
         save_index(index, path)
     except OSError as error:
-        raise DataError(f"the index {path} cannot be written ({error.strerror}); set data.index_dir") from error
+        raise DataError(
+            f"the index {path} cannot be written ({error.strerror}); set data.index_dir to a folder that can"
+        ) from error
     return index
 
 

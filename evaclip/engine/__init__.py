@@ -30,14 +30,12 @@ def create_engine(config: RunConfig, clip: CLIP, loss: ContrastiveLoss, ranks: R
     The towers' weights are taken as they are: where the forward works on 16-bit copies, the masters keep every bit.
     """
     parameters = {name: p for name, p in clip.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    if loss.logit_scale.requires_grad:
-        shapes["logit_scale"] = (1,)
+    scalars = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in (parameters | scalars).items()}
     rows = parameter_table(shapes, config.optim, config.model, config.loss)
     kind = Lamb if isinstance(config.optim, LambConfig) else AdamW
     optimizer = kind(list(parameters.values()), rows, config.optim, ranks)
-    if loss.logit_scale.requires_grad:
-        optimizer.bind_whole([(loss.logit_scale, [Span(len(rows) - 1, 0, 1)])])
+    optimizer.bind_whole([(p, [Span(row, 0, 1)]) for row, p in enumerate(scalars.values(), len(parameters))])
     rounded = config.train.precision == "bf16_weights"
     initial = {name: p.detach().view(-1) for name, p in parameters.items()} if rounded else {}
     engine = _engine(config, prepare(clip, config.train, ranks.device), list(parameters.values()), optimizer, ranks)

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO (arXiv:1910.02054), stages 1 to 3: the one module that imports deepspeed.
 
 DeepSpeed flattens the parameters of its single group and gives our optimizer this rank's slice; ``_spans`` says which
-element of the slice is which parameter's. Gradients are averaged by DeepSpeed, hence the factor ``world_size``, and
-clipped by our optimizer alone. Stages 1 and 2 leave the check for non-finite values to our optimizer, on the device;
+element of the slice is which parameter's. Gradients are averaged by DeepSpeed, which our optimizer undoes, and clipped
+by our optimizer alone. Stages 1 and 2 leave the check for non-finite values to our optimizer, on the device;
 stage 3 makes its own before it steps, with the same result.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from evaclip.engine.loss_scale import LossScale
 from evaclip.optim.base import Span
 
 with warnings.catch_warnings():
@@ -50,8 +51,9 @@ class DeepSpeedEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.towers = towers
         self.optimizer = optimizer
-        self._ranks = ranks
         self._stage = zero_stage
+        self._loss_scale = LossScale(optimizer, towers.autocast_dtype)
+        optimizer.averaged_over = ranks.world_size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own uses of deprecated torch calls
             self._engine: Any = deepspeed.initialize(
@@ -63,14 +65,14 @@ class DeepSpeedEngine:
         row_of = {id(parameter): row for row, parameter in enumerate(parameters)}
         optimizer.bind(_spans(self._engine.optimizer, zero_stage, row_of, ranks), sharded=True)
 
-    def forward(self, batch: Batch) -> Features:
+    def forward(self, batch: Batch, *, last: bool) -> Features:
         """See ``protocol.Engine.forward``."""
-        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.set_gradient_accumulation_boundary(last)
         return self._engine(batch.images, batch.text, batch.seeds)
 
     def backward(self, surrogate: Tensor) -> None:
         """See ``protocol.Engine.backward``."""
-        self._engine.backward(surrogate * self._ranks.world_size, scale_wrt_gas=False)
+        self._engine.backward(self._loss_scale.scaled(surrogate), scale_wrt_gas=False)
 
     def step(self, lr_factor: float, loss: Tensor) -> None:
         """See ``protocol.Engine.step``."""
@@ -80,6 +82,7 @@ class DeepSpeedEngine:
         if self._stage == 3 and self._engine.optimizer.overflow:  # our optimizer was not called
             optimizer.consecutive_skips += 1
             optimizer.grad_norm = torch.full_like(optimizer.grad_norm, torch.inf)
+        self._loss_scale.adjust()
 
     def refresh_weights(self) -> None:
         """See ``protocol.Engine.refresh_weights``."""

@@ -19,12 +19,17 @@ class Engine(Protocol):
     towers: PreparedTowers
     optimizer: TableOptimizer
 
-    def forward(self, batch: Batch) -> Features:
-        """Features of this rank's samples, with graph, under the run's precision."""
+    def forward(self, batch: Batch, *, last: bool) -> Features:
+        """Features of a micro-batch of this rank's samples, with graph, under the run's precision.
+
+        Args:
+            batch: The samples.
+            last: Whether this forward's backward is the last one before ``step``.
+        """
         ...
 
     def backward(self, surrogate: Tensor) -> None:
-        """Differentiate this rank's share; the shares of all ranks are added up."""
+        """Add the gradient of this rank's share; the shares of all ranks are added up."""
         ...
 
     def step(self, lr_factor: float, loss: Tensor) -> None:

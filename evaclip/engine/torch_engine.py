@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evaclip.engine.loss_scale import LossScale
 from evaclip.optim.base import Span
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from evaclip.optim.base import TableOptimizer
 
 _REDUCE_NUMBERS = 1 << 24  # of one all-reduce: 64 MiB
-_SCALE_WINDOW = 2000  # applied updates before fp16's loss scale is doubled
 
 
 class TorchEngine:
@@ -49,43 +49,32 @@ class TorchEngine:
         optimizer.bind(
             [(master, [Span(row, 0, master.numel())]) for row, master in enumerate(self._masters)], sharded=False
         )
-        self._scales = towers.autocast_dtype == torch.float16
-        if self._scales:
-            optimizer.grad_scale.fill_(2.0**16)
+        self._loss_scale = LossScale(optimizer, towers.autocast_dtype)
 
-    def forward(self, batch: Batch) -> Features:
+    def forward(self, batch: Batch, *, last: bool) -> Features:
         """See ``protocol.Engine.forward``."""
         return self.towers(batch.images, batch.text, batch.seeds)
 
     def backward(self, surrogate: Tensor) -> None:
         """See ``protocol.Engine.backward``."""
-        (surrogate * self.optimizer.grad_scale if self._scales else surrogate).backward()
+        self._loss_scale.scaled(surrogate).backward()
+        for parameter, master, grad in zip(self._parameters, self._masters, self._grads, strict=True):
+            if parameter is not master and parameter.grad is not None:
+                grad.add_(parameter.grad)
+                parameter.grad = None
 
     def step(self, lr_factor: float, loss: Tensor) -> None:
         """See ``protocol.Engine.step``."""
-        for parameter, master, grad in zip(self._parameters, self._masters, self._grads, strict=True):
-            if parameter is not master and parameter.grad is not None:
-                grad.copy_(parameter.grad)
-                parameter.grad = None
         for piece in self._buffer.split(_REDUCE_NUMBERS):
             self._ranks.sum(piece)
         self.optimizer.factor, self.optimizer.loss = lr_factor, loss
         self.optimizer.step()
         self.refresh_weights()
         self._buffer.zero_()
-        if self._scales:
-            self._adjust_scale()
+        self._loss_scale.adjust()
 
     def refresh_weights(self) -> None:
         """See ``protocol.Engine.refresh_weights``."""
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if parameter is not master:
                 parameter.data.copy_(master)
-
-    def _adjust_scale(self) -> None:
-        """Halve the loss scale after a skipped step, double it after a while without one; on the device."""
-        optimizer = self.optimizer
-        skipped = optimizer.consecutive_skips > 0
-        grow = ~skipped & (optimizer.updates % _SCALE_WINDOW == 0)
-        factor = torch.where(skipped, 0.5, torch.where(grow, 2.0, 1.0))
-        optimizer.grad_scale.mul_(factor).clamp_(min=1.0, max=2.0**24)

@@ -18,6 +18,7 @@ from evaclip.evaluation.results import Predictions, Result, format_table, write_
 from evaclip.evaluation.retrieval import retrieve
 from evaclip.evaluation.validation_loss import measure_loss
 from evaclip.evaluation.zero_shot import classify
+from evaclip.loss import Similarity
 
 __all__ = ["Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
 
@@ -26,7 +27,7 @@ _tokenizer = lru_cache(maxsize=1)(Tokenizer)  # building one takes longer than a
 
 def evaluate(
     encoder: Encoder,
-    logit_scale: float,
+    similarity: Similarity,
     config: EvalConfig,
     model: ModelConfig,
     ranks: Ranks,
@@ -39,7 +40,7 @@ def evaluate(
 
     Args:
         encoder: The two towers, on ``ranks.device``.
-        logit_scale: Multiplier of the similarities, for the validation loss.
+        similarity: From cosines to logits, for the validation loss.
         config: Names the sets and the batch.
         model: What the encoder was made from: image size, normalisation, context length.
         ranks: Every rank must call this and take all results.
@@ -61,6 +62,6 @@ def evaluate(
             case RetrievalDataset():
                 yield retrieve(name, dataset, bench, index_dir)
             case ValidationLossDataset():
-                yield measure_loss(name, dataset, bench, index_dir, logit_scale)
+                yield measure_loss(name, dataset, bench, index_dir, similarity)
             case _:
                 assert_never(dataset)

@@ -12,6 +12,7 @@ from evaclip.distributed import agreed, started
 from evaclip.engine.prepare import PreparedTowers
 from evaclip.errors import ConfigError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
+from evaclip.loss import Similarity
 
 if TYPE_CHECKING:
     from evaclip.config import Dataset
@@ -21,6 +22,7 @@ def evaluate_checkpoint(
     path: Path,
     datasets: Mapping[str, Dataset] | None,
     *,
+    limit: int | None,
     batch: int | None,
     precision: str | None,
     output: Path | None,
@@ -30,6 +32,7 @@ def evaluate_checkpoint(
     Args:
         path: Run directory or checkpoint.
         datasets: What to measure; None: the run's own.
+        limit: Only so many records of each dataset.
         batch: Images per rank and forward pass; None: the run's.
         precision: bf16, fp16 or fp32; None: the run's (fp32 for bf16_weights, whose masters are loaded).
         output: Where ``evaluation.json`` and predictions are written.
@@ -44,13 +47,15 @@ def evaluate_checkpoint(
         assert checkpoint is not None
         config = CheckpointReader(checkpoint).config
         chosen = config.eval.datasets if datasets is None else dict(datasets)
+        if limit is not None:
+            chosen = {name: dataset.model_copy(update={"limit": limit}) for name, dataset in chosen.items()}
         if not chosen:
             raise ConfigError(f"{checkpoint} names no datasets; give one with --dataset PATH")
         clip = api.load(checkpoint, device=ranks.device)
         results = list(
             evaluate(
                 PreparedTowers(clip.model, precision or config.train.precision, ranks.device),
-                clip.logit_scale,
+                Similarity(clip.logit_scale, clip.logit_bias),
                 config.eval.model_copy(update={"datasets": chosen, "batch": batch or config.eval.batch}),
                 config.model,
                 ranks,

@@ -196,7 +196,12 @@ def templates_of(dataset: ZeroShotDataset) -> list[str]:
 def _list_file(dataset: ZeroShotDataset, given: str | None, usual: str, option: str) -> Path:
     path = Path(given) if given else Path(dataset.path) / usual
     if not path.is_file():
-        raise DataError(f"{path} does not exist; zero-shot classification needs it, or set {option} to another file")
+        if not given and not Path(dataset.path).exists():
+            raise DataError(f"{dataset.path} does not exist (seen from {Path.cwd()}); check the dataset's path")
+        raise DataError(
+            f"{path} does not exist; zero-shot classification needs it, or another file as {option}; "
+            f"for sets without classes the task is retrieval or loss"
+        )
     return path
 
 

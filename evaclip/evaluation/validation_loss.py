@@ -1,6 +1,6 @@
-"""The training loss on held-out pairs: symmetric InfoNCE over consecutive groups of ``eval.batch`` pairs.
+"""The training loss on held-out pairs, over consecutive groups of ``eval.batch`` pairs.
 
-InfoNCE depends on the number of pairs it is taken over, so every group is full and what remains behind the last full
+It depends on the number of pairs it is taken over, so every group is full and what remains behind the last full
 group is left out. Groups are consecutive records whatever the number of ranks. Values of different ``eval.batch`` do
 not compare, nor do they with the training loss unless ``eval.batch`` is the global batch.
 """
@@ -17,14 +17,14 @@ from evaclip.errors import DataError
 from evaclip.evaluation.datasets import captions_of, open_records
 from evaclip.evaluation.encoding import Bench, in_order
 from evaclip.evaluation.results import Result
-from evaclip.loss import info_nce
+from evaclip.loss import Similarity, info_nce, sigmoid_loss
 from evaclip.metrics import EVAL_METRICS
 
 
 def measure_loss(
-    name: str, dataset: ValidationLossDataset, bench: Bench, index_dir: str | None, logit_scale: float
+    name: str, dataset: ValidationLossDataset, bench: Bench, index_dir: str | None, similarity: Similarity
 ) -> Result:
-    """Mean loss of the full groups at the given multiplier of the similarities.
+    """Mean loss of the full groups: sigmoid where the similarity has a bias, else InfoNCE.
 
     In shards, the whole ``txt`` is the caption, as in training; in CLIP_benchmark's layout its first line.
 
@@ -37,10 +37,13 @@ def measure_loss(
     if len(records) < bench.batch:
         raise DataError(
             f"{dataset.path}: {len(records)} records do not fill one group of {bench.batch} pairs; "
-            f"lower eval.batch to {len(records)} or add records"
+            f"lower the batch (eval.batch, --batch) or add records"
         )
     records = records.first(len(records) // bench.batch * bench.batch)
-    alone, scale = Ranks(device=bench.ranks.device), torch.tensor(logit_scale, device=bench.ranks.device)
+    alone, scale = Ranks(device=bench.ranks.device), torch.tensor(similarity.scale, device=bench.ranks.device)
+    loss = partial(info_nce, scale=scale, ranks=alone)
+    if similarity.bias is not None:
+        loss = partial(sigmoid_loss, scale=scale, bias=torch.tensor(similarity.bias, device=scale.device), ranks=alone)
     losses: list[torch.Tensor] = []
     done = 0
     for images, captions in bench.images(records, partial(captions_of, per_line=records.caption_per_line)):
@@ -50,6 +53,6 @@ def measure_loss(
         all_images = in_order(images, count, bench.ranks)
         all_texts = in_order(bench.texts([texts[0] for texts in captions]), count, bench.ranks)
         groups = zip(all_images.split(bench.batch), all_texts.split(bench.batch), strict=True)
-        losses += [info_nce(image, text, scale, alone).loss for image, text in groups]
+        losses += [loss(image, text).loss for image, text in groups]
     value = float(torch.stack(losses).double().mean())
     return Result(name, "loss", dict(zip(EVAL_METRICS["loss"], [value], strict=True)), len(records))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float32, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from evaclip.config import ModelConfig
@@ -22,8 +22,8 @@ from evaclip.models.vision import ImageTower
 class Features(NamedTuple):
     """Unit vectors in fp32, in the order of the samples."""
 
-    image: Float32[Tensor, "images embed_dim"]
-    text: Float32[Tensor, "captions embed_dim"]
+    image: Float[Tensor, "images embed_dim"]
+    text: Float[Tensor, "captions embed_dim"]
 
 
 class CLIP(nn.Module):
@@ -60,21 +60,25 @@ class CLIP(nn.Module):
         *,
         normalize: bool = False,
         seeds: Int[Tensor, " batch"] | None = None,
-    ) -> Float32[Tensor, "batch embed_dim"]:
+    ) -> Float[Tensor, "batch embed_dim"]:
         """Features of images; arguments as in ``forward``."""
         features = self.image(images, seeds)
-        return _normalised(features) if normalize else features.float()
+        return _normalised(features) if normalize else _at_least_fp32(features)
 
-    def encode_text(self, text: PackedText, *, normalize: bool = False) -> Float32[Tensor, "captions embed_dim"]:
+    def encode_text(self, text: PackedText, *, normalize: bool = False) -> Float[Tensor, "captions embed_dim"]:
         """Features of captions, in the order in which they were packed from."""
         features = self.text(text)
-        return _normalised(features) if normalize else features.float()
+        return _normalised(features) if normalize else _at_least_fp32(features)
 
 
 def _normalised(features: Tensor) -> Tensor:
     """Unit vectors in fp32: cosines of 16-bit features, times a scale of 100, would come in steps of a half."""
     with torch.autocast(features.device.type, enabled=False):
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(_at_least_fp32(features), dim=-1)
+
+
+def _at_least_fp32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def create_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> CLIP:

@@ -83,11 +83,14 @@ class TableOptimizer(torch.optim.Optimizer):
         factor: Share of the peak learning rates, set before each step.
         loss: The step's loss (0-d); not finite means the step is skipped.
         grad_scale: What gradients were multiplied with (0-d).
+        averaged_over: How many ranks' gradients were averaged instead of added up.
         updates: Updates applied so far (0-d, on the device); what the bias correction counts.
         consecutive_skips: Steps skipped since the last applied one (0-d).
         grad_norm: Global L2 norm of the last gradient, before clipping (0-d).
         trust_ratios: Of the last step, one per adapting row; empty for AdamW.
     """
+
+    _bias_correction = True
 
     def __init__(self, parameters: Sequence[Tensor], rows: Sequence[Row], config: OptimConfig, ranks: Ranks) -> None:
         super().__init__([{"params": list(parameters)}], {"lr": 1.0})
@@ -98,6 +101,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self.factor = 1.0
         self.loss = torch.zeros((), device=device)
         self.grad_scale = torch.ones((), device=device)
+        self.averaged_over = 1
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.consecutive_skips = torch.zeros((), dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), device=device)
@@ -151,8 +155,9 @@ class TableOptimizer(torch.optim.Optimizer):
         squared = _squared_norm(slices, self.loss.device)
         if self._sharded:
             self.ranks.sum(squared)
-        squared = squared + _squared_norm(own, self.loss.device) * self.grad_scale**2
-        self.grad_norm = (squared.sqrt() / self.grad_scale).float()
+        scale = self.grad_scale / self.averaged_over
+        squared = squared + _squared_norm(own, self.loss.device) * scale**2
+        self.grad_norm = (squared.sqrt() / scale).float()
         finite = torch.isfinite(self.grad_norm) & torch.isfinite(self.loss)
         clip = self.config.clip_norm
         shrink = torch.ones_like(self.grad_norm) if clip is None else (clip / (self.grad_norm + 1e-6)).clamp(max=1)
@@ -161,7 +166,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self.consecutive_skips = torch.where(finite, 0, self.consecutive_skips + 1)
         if finite.device.type == "cpu" and not finite:  # nothing to wait for there
             return
-        self._adam_updates(slices, finite, self.grad_scale / shrink)
+        self._adam_updates(slices, finite, scale / shrink)
         self._adam_updates(own, finite, 1 / shrink)
         self._apply([*slices, *own], finite)
 
@@ -182,6 +187,8 @@ class TableOptimizer(torch.optim.Optimizer):
         """Advance both moments, then leave the Adam update (without learning rate) in the gradient's place."""
         beta1, beta2 = self.config.betas
         before = (self.updates - 1).clamp(min=0).float()
+        if not self._bias_correction:
+            before.fill_(float("inf"))  # 1 - beta^t is 1
         for group in _groups(slices, len(self._buffer)):
             self._buffer.zero_()
             updates = self._buffer[: sum(len(s.weight) for s in group)].split([len(s.weight) for s in group])
@@ -226,10 +233,10 @@ def _groups(slices: Sequence[Slice], most: int) -> Iterator[list[Slice]]:
 
 
 def _squared_norm(slices: Sequence[Slice], device: torch.device) -> Tensor:
-    """Sum of squares of the gradients, fp64: each slice's fp32 norm is exact enough, thousands of them are not."""
+    """Sum of squares of the gradients, fp64: an fp32 dot product of a slice is exact enough, a sum of many is not."""
     if not slices:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([torch.linalg.vector_norm(s.grad) for s in slices]).double().square().sum()
+    return torch.stack([torch.dot(s.grad, s.grad) for s in slices]).double().sum()
 
 
 def _with_moments(tensor: Tensor, spans: Sequence[Span]) -> _Bound:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evaclip.config import LambConfig
 from evaclip.optim.base import Slice, TableOptimizer
 from evaclip.optim.table import Row
 
@@ -22,25 +23,31 @@ if TYPE_CHECKING:
 class Lamb(TableOptimizer):
     """w <- w - lr (|w| / |u|) u with u = m / (sqrt(v) + eps) + decay w.
 
-    The trust ratio is that of a whole parameter, is 1 where either norm is zero, and is not clamped. Rows that do not
-    adapt take plain Adam steps. Spans of one row add up their squares; under ZeRO they would be added up over ranks.
+    The trust ratio is that of a whole parameter and is 1 where either norm is zero. Rows that do not adapt take plain
+    Adam steps. Spans of one row add up their squares, under ZeRO over ranks too: one all-reduce of two numbers per row.
     """
 
     def __init__(self, parameters: Sequence[Tensor], rows: Sequence[Row], config: OptimConfig, ranks: Ranks) -> None:
         super().__init__(parameters, rows, config, ranks)
         adapting = [number for number, row in enumerate(rows) if row.adapts]
+        assert isinstance(config, LambConfig)
+        self._bounds = config.trust_ratio_bounds
+        self._bias_correction = config.bias_correction
         self._adapting = torch.tensor(adapting, dtype=torch.int64, device=ranks.device)
 
     def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
-        squares = torch.zeros(2, len(self.rows), device=self.loss.device)
+        squares = torch.zeros(2, len(self.rows), dtype=torch.float64, device=self.loss.device)
         for s in slices:
             if self.rows[s.row].adapts:
-                squares[0, s.row] += torch.linalg.vector_norm(s.weight) ** 2
-                squares[1, s.row] += torch.linalg.vector_norm(s.grad) ** 2
+                squares[0, s.row] += torch.dot(s.weight, s.weight)
+                squares[1, s.row] += torch.dot(s.grad, s.grad)
         if self._sharded:
             self.ranks.sum(squares)
         weight, update = squares.sqrt()
-        ratios = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
+        ratios = weight / update
+        if self._bounds:
+            ratios = ratios.clamp(*self._bounds)
+        ratios = torch.where((weight > 0) & (update > 0), ratios, 1.0).float()
         for s in slices:
             self._subtract(s, ratios[s.row], finite)
         self.trust_ratios = ratios[self._adapting]

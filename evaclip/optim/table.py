@@ -43,14 +43,15 @@ def parameter_table(
     """Rows for named parameters, in their order.
 
     Raises:
-        ValueError: A name belongs to no tower and is not the logit scale.
+        ValueError: A name belongs to no tower and is none of the loss's scalars.
     """
     return tuple(_row(name, shape, optim, model, loss) for name, shape in shapes.items())
 
 
 def _row(name: str, shape: tuple[int, ...], optim: OptimConfig, model: ModelConfig, loss: LossConfig) -> Row:
-    if name == "logit_scale":
-        return Row(name, shape, optim.lr, 0.0, adapts=False, upper_bound=math.log(loss.max_logit_scale))
+    if name in ("logit_scale", "logit_bias"):
+        bound = math.log(loss.max_logit_scale) if name == "logit_scale" else math.inf
+        return Row(name, shape, optim.lr, 0.0, adapts=False, upper_bound=bound)
     towers = {"image": (optim.image, model.image.depth), "text": (optim.text, model.text.depth)}
     tower_name, _, rest = name.partition(".")
     if tower_name not in towers:

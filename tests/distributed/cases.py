@@ -6,23 +6,32 @@ import hashlib
 import math
 import shutil
 import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm.optim
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import tiny_config
+from deepspeed.utils import safe_get_full_grad
+from tiny import SYNTHETIC
+from tiny import tiny_config as wider_config
 
+from evaclip.accumulation import forward_backward
 from evaclip.checkpoint import CheckpointReader, Entry, RunState, find_checkpoint, save
+from evaclip.config import RunConfig
 from evaclip.data.order import choose_slots
 from evaclip.data.pipeline import Stream, make_plan
 from evaclip.distributed import Ranks
 from evaclip.engine import create_engine
 from evaclip.errors import CheckpointError, EvaclipError, TrainingStoppedError
 from evaclip.history import load_history
-from evaclip.loss import ContrastiveLoss, info_nce
+from evaclip.loss import ContrastiveLoss, info_nce, sigmoid_loss
 from evaclip.models.clip import create_model
+from evaclip.optim.table import parameter_table
 from evaclip.preemption import listening
 from evaclip.sources import open_sources
 from evaclip.train import train_on
@@ -36,6 +45,11 @@ ENGINES = {
 }
 PRECISIONS = [("torch", "fp32"), ("torch", "bf16"), ("zero2", "bf16"), *((e, "bf16_weights") for e in ENGINES)]
 CONSTANT = {"checkpoint__every_steps": 10, "schedule__warmup_steps": 0, "schedule__final_fraction": 1.0}
+
+
+def tiny_config(folder: Path, source: dict[str, Any] = SYNTHETIC, **changes: Any) -> RunConfig:
+    """As elsewhere with half the token embedding, which takes most of the time."""
+    return wider_config(folder, source, **{"model__text__width": 16, **changes})
 
 
 def losses(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> list[float]:
@@ -87,13 +101,95 @@ def handed_over(ranks: Ranks, folder: Path, *, source: dict[str, Any]) -> list[f
     return [row["train/loss"] for row in load_history(folder / "metrics.jsonl")]
 
 
-def loss_and_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """InfoNCE of 24 pairs split over the ranks."""
+def _rows_of(config: RunConfig) -> dict[str, Any]:
+    """The parameter table's rows by name."""
+    shapes = {name: tuple(p.shape) for name, p in create_model(config.model, seed=0).named_parameters()}
+    return {row.name: row for row in parameter_table(shapes, config.optim, config.model, config.loss)}
+
+
+def same_gradients(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str, Any]:
+    """LAMB under an engine, and timm's in this process on the gradients that the engine had: how far are they apart?
+
+    timm's runs in double: in fp32 it is 1e-4 off, because its norm of the token embedding is one sum of 1.6 M squares.
+    Also how many collectives a step of the optimizer took.
+    """
+    config = tiny_config(folder, **options, optim__name="lamb", optim__lr=3e-2)
+    clip = create_model(config.model, seed=0)
+    peers = {name: p.detach().double().requires_grad_() for name, p in clip.named_parameters()}
+    start = {name: p.detach().clone() for name, p in peers.items()}
+    decayed = {row.name for row in _rows_of(config).values() if row.weight_decay > 0}
+    groups = [
+        {"params": [p for name, p in peers.items() if (name in decayed) == decays], "weight_decay": 0.05 * decays}
+        for decays in (True, False)
+    ]
+    optim = config.optim
+    peer = timm.optim.Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
+    loss = ContrastiveLoss(config.loss, ranks.device)
+    engine = create_engine(config, clip, loss, ranks)
+    names = {id(p): name for name, p in clip.named_parameters()}
+    deepspeed = "engine__zero_stage" in options
+    sources = open_sources(config, ranks)
+    stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=STEPS, states={})
+    collectives = []
+    for micro_batches, _ in stream:
+        output = forward_backward(engine, loss, micro_batches, ranks)
+        for parameter in clip.parameters():
+            whole = safe_get_full_grad(parameter) * ranks.world_size if deepspeed else ranks.sum(parameter.grad.clone())
+            peers[names[id(parameter)]].grad = whole.detach().double().view(peers[names[id(parameter)]].shape)
+        with counted(engine.optimizer) as calls:
+            engine.step(1.0, output.loss)
+        collectives.append(len(calls))
+        peer.step()
+    apart, moved = torch.zeros(2, dtype=torch.float64)
+    for piece in engine.optimizer.local_pieces():
+        if piece.row.name in peers:
+            part = slice(piece.start, piece.start + len(piece.weight))
+            apart += (piece.weight - peers[piece.row.name].detach().view(-1)[part]).double().square().sum()
+            moved += (peers[piece.row.name].detach() - start[piece.row.name]).view(-1)[part].double().square().sum()
+    return {"apart": float((apart / moved).sqrt()), "collectives": collectives}
+
+
+@contextmanager
+def counted(optimizer: Any) -> Generator[list[int]]:
+    """The sizes of what a step of the optimizer sends."""
+    calls: list[int] = []
+    step, original = optimizer.step, dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        calls.append(tensor.numel())
+        return original(tensor, *arguments, **options)
+
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        dist.all_reduce = counting
+        try:
+            return step(*arguments, **options)
+        finally:
+            dist.all_reduce = original
+
+    optimizer.step = stepping
+    try:
+        yield calls
+    finally:
+        optimizer.step = step
+
+
+def trained(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict[str, Any]) -> str:
+    """Train with LAMB for 20 steps; the checkpoint's path."""
+    options = {"train__steps": STEPS, "checkpoint__every_steps": STEPS, "optim__name": "lamb", **options}
+    train_on(ranks, tiny_config(folder, source, **options))
+    return str(find_checkpoint(folder))
+
+
+def loss_and_gradients(ranks: Ranks, folder: Path, *, name: str) -> dict[str, Any]:
+    """A loss of 24 pairs split over the ranks."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(24, 8, generator=generator), dim=1)
     text = F.normalize(image + torch.randn(24, 8, generator=generator), dim=1)
     share = slice(ranks.rank * 24 // ranks.world_size, (ranks.rank + 1) * 24 // ranks.world_size)
-    output = info_nce(image[share], text[share], torch.tensor(20.0), ranks)
+    if name == "info_nce":
+        output = info_nce(image[share], text[share], torch.tensor(20.0), ranks)
+    else:
+        output = sigmoid_loss(image[share], text[share], torch.tensor(20.0), torch.tensor(-5.0), ranks)
     return {name: value.tolist() for name, value in output._asdict().items()}
 
 
@@ -103,7 +199,7 @@ def batches(ranks: Ranks, folder: Path, *, source: dict[str, Any], workers: int)
     sources = open_sources(config, ranks)
     plan = make_plan(config, sources, choose_slots(16, ranks.world_size, 8))
     found = []
-    for batch, _ in Stream(config, plan, sources, ranks, steps=12, states={}):
+    for (batch,), _ in Stream(config, plan, sources, ranks, steps=12, states={}):
         text = [batch.text.ids.tolist(), batch.text.restore.tolist()]
         captions = _unpacked(*text, batch.text.cu_seqlens.tolist())
         rows = zip(batch.images, captions, batch.seeds.tolist(), strict=True)
@@ -124,8 +220,8 @@ def bad_step(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str
     sources = open_sources(config, ranks)
     stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=3, states={})
     seen = []
-    for step, (batch, _) in enumerate(stream):
-        features = engine.forward(batch)
+    for step, ((batch,), _) in enumerate(stream):
+        features = engine.forward(batch, last=True)
         output = loss(features.image, features.text, ranks)
         poison = math.nan if step == 1 and ranks.rank == ranks.world_size - 1 else 1.0
         engine.backward(output.surrogate(features.image, features.text) * poison)
@@ -227,8 +323,9 @@ def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
     return "no error"
 
 
-def all_cases(source: dict[str, Any], damaged: str) -> dict[str, Any]:
-    """Cases by name, for ranks of either world size."""
+def all_cases(source: dict[str, Any], damaged: str, ranks_of_case: int) -> dict[str, Any]:
+    """Cases by name, for one rank or for two; what takes long and is no other on one rank runs on two."""
+    several = ranks_of_case > 1
     cases: dict[str, Any] = {
         f"losses_{engine}_{workers}": partial(losses, source=source, options={**options, "data__workers": workers})
         for engine, options in ENGINES.items()
@@ -237,19 +334,30 @@ def all_cases(source: dict[str, Any], damaged: str) -> dict[str, Any]:
     for engine, precision in PRECISIONS:
         options = {**ENGINES[engine], **SHORT, "optim__lr": 1e-4, "train__precision": precision}
         cases[f"losses_{engine}_{precision}"] = partial(losses, source=source, options=options)
-    cases["losses_torch_lamb"] = partial(losses, source=source, options={**SHORT, "optim__name": "lamb"})
-    for engine in ("torch", "zero3"):
+    for engine in ("torch", "zero3") if several else ("torch",):
         cases[f"evaluated_{engine}"] = partial(evaluated, source=source, options=ENGINES[engine])
     for engine, options in ENGINES.items():
-        chosen = {**options, **(INTERRUPTED if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
-        cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
+        if several or engine in ("torch", "zero3"):
+            chosen = {**options, **(INTERRUPTED if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
+            cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
+            trained_options = {**options, "train__micro_batch": 16 // ranks_of_case // 4}
+            cases[f"trained_{engine}_4"] = partial(trained, source=source, options=trained_options)
         cases[f"masters_{engine}"] = partial(masters, options=options)
         cases[f"bad_step_{engine}"] = partial(bad_step, options=options)
     for workers in (0, 3):
         cases[f"batches_{workers}"] = partial(batches, source=source, workers=workers)
-    cases["losses_constant"] = partial(losses, source=source, options={**CONSTANT, "train__steps": 30})
-    cases["handed_over"] = partial(handed_over, source=source)
-    cases["loss_and_gradients"] = loss_and_gradients
+    if several:
+        cases["handed_over"] = partial(handed_over, source=source)
+        for engine, options in ENGINES.items():
+            cases[f"same_gradients_{engine}"] = partial(same_gradients, options=options)
+        for engine in ("torch", "zero3"):  # one makes its own check for overflow, the other does not
+            fp16 = {**ENGINES[engine], "train__precision": "fp16", "optim__name": "lamb"}
+            cases[f"fp16_{engine}"] = partial(losses, source=source, options=fp16)
+    else:
+        cases["losses_constant"] = partial(losses, source=source, options={**CONSTANT, "train__steps": 30})
+        cases["trained_torch_1"] = partial(trained, source=source, options={})
+    for name in ("info_nce", "sigmoid"):
+        cases[f"loss_{name}"] = partial(loss_and_gradients, name=name)
     cases["stop_request"] = stop_request
     cases["terminated"] = terminated
     cases["failed_write"] = failed_write

@@ -1,6 +1,8 @@
 """The same run on one rank and on two, through both engines. "Equal" is bitwise unless a tolerance stands there."""
 
+import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,14 @@ import torch.nn.functional as F
 
 from distributed.cases import ENGINES, PRECISIONS, STEPS, all_cases, continued
 from distributed.spawn import run_on_ranks
+from evaclip.checkpoint import CheckpointReader
 from evaclip.data.shards import write_shards
 from evaclip.distributed import Ranks, started
 from evaclip.errors import ConfigError
 
 WORLDS = (1, 2)
+RUNS = [(1, "torch"), (1, "zero3"), *((2, engine) for engine in ENGINES)]
+"""World sizes and engines; ZeRO 1 and 2 on one rank are left out where they take long."""
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +27,11 @@ def results(tmp_path_factory, colour_shards):
     whole = (damaged / "00001.tar").read_bytes()
     (damaged / "00001.tar").write_bytes(whole[:5000])
     source = {"shards": str(colour_shards / "{00000..00002}.tar")}
-    cases = all_cases(source, str(damaged / "{00000..00001}.tar"))
+    cases = {world: all_cases(source, str(damaged / "{00000..00001}.tar"), world) for world in WORLDS}
     folders = {world: tmp_path_factory.mktemp(f"world{world}_") for world in WORLDS}
-    found = {1: run_on_ranks(1, cases, folders[1])}
-    cases["continued"] = partial(continued, source=source, origin=folders[1] / "interrupted_torch")
-    found[2] = run_on_ranks(2, cases, folders[2])
+    found = {1: run_on_ranks(1, cases[1], folders[1])}
+    cases[2]["continued"] = partial(continued, source=source, origin=folders[1] / "interrupted_torch")
+    found[2] = run_on_ranks(2, cases[2], folders[2])
     here = tmp_path_factory.mktemp("continued")
     found[1]["continued"] = [continued(Ranks(), here, source=source, origin=folders[2] / "interrupted_torch")]
     return found
@@ -54,9 +59,25 @@ def test_workers_do_not_change_a_bit(results, world):
     assert of(results, world, "losses_torch_2") == of(results, world, "losses_torch_0")
 
 
-def test_lamb_on_two_ranks_is_lamb_on_one(results):
-    one, two = (of(results, world, "losses_torch_lamb")[0] for world in WORLDS)
-    assert two == pytest.approx(one, rel=1e-5)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lamb_is_timms_on_the_same_gradients(results, engine):
+    for rank in of(results, 2, f"same_gradients_{engine}"):
+        assert rank["apart"] < 1e-6  # of the movement over 20 steps, fp32
+        assert rank["collectives"] == [0 if engine == "torch" else 2] * STEPS  # gradient norm; norms of all rows
+
+
+def _apart(first, second):
+    """Distance between two checkpoints' weights."""
+    one, two = (CheckpointReader(Path(path)).weights() for path in (first, second))
+    return math.sqrt(sum(float((one[name] - two[name]).double().square().sum()) for name in one))
+
+
+@pytest.mark.parametrize(("world", "engine"), RUNS)
+def test_lamb_ends_in_the_same_weights_on_any_ranks_engine_and_micro_batches(results, engine, world):
+    whole, parts = (of(results, 1, f"trained_torch_{pieces}")[0] for pieces in (1, 4))
+    floor = _apart(whole, parts)  # what one process differs from itself by adding up in another order
+    assert floor > 0
+    assert _apart(whole, of(results, world, f"trained_{engine}_4")[0]) <= 3 * floor
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -64,8 +85,9 @@ def test_lamb_on_two_ranks_is_lamb_on_one(results):
 def test_16_bit_engines_follow_fp32(results, engine, precision, world):
     reference = of(results, 1, "losses_torch_fp32")[0]
     found = of(results, world, f"losses_{engine}_{precision}")[0]
-    # 0.4 % per rounding; without an fp32 master, steps of 1e-4 on bf16 weights would be lost
-    assert found == pytest.approx(reference, rel=0.02)
+    # 0.4 % per rounding, 1.2 % seen; without an fp32 master, steps of 1e-4 on bf16 weights would be lost and the loss
+    # would not fall to half as it does
+    assert found == pytest.approx(reference, rel=0.03)
     assert found != reference
 
 
@@ -81,8 +103,14 @@ def test_autocast_is_the_same_in_both_engines(results, world):
     assert other == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("engine", ENGINES)
+def test_fp16_with_loss_scaling_is_the_same_in_all_engines(results):
+    """The first steps overflow at a scale of 2**16 and are skipped, which every engine must do at the same steps."""
+    reference = of(results, 2, "fp16_torch")[0]
+    assert reference[0] != pytest.approx(reference[-1], rel=0.05), "some steps were applied"
+    assert of(results, 2, "fp16_zero3")[0] == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize(("world", "engine"), RUNS)
 def test_resume_is_bitwise(results, engine, world):
     assert all(of(results, world, f"interrupted_{engine}"))
 
@@ -95,19 +123,17 @@ def test_a_run_continues_at_another_world_size(results, world):
         assert losses == pytest.approx(straight, rel=1e-5)  # sums over ranks in another order
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_engines_continue_one_anothers_checkpoints(results, world):
+def test_engines_continue_one_anothers_checkpoints(results):
     straight = of(results, 1, "losses_constant")[0]
     assert len(straight) == 30
-    assert of(results, world, "handed_over")[0] == pytest.approx(straight, rel=1e-5)  # fp32 sums in another order
+    assert of(results, 2, "handed_over")[0] == pytest.approx(straight, rel=1e-5)  # fp32 sums in another order
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("engine", ["torch", "zero3"])
-def test_evaluation_during_training_does_not_depend_on_engine_and_world_size(results, engine, world):
+def test_evaluation_during_training_does_not_depend_on_engine_and_world_size(results, engine):
     reference = of(results, 1, "evaluated_torch")[0]
     assert len(reference) == 7
-    assert of(results, world, f"evaluated_{engine}")[0] == pytest.approx(reference, rel=1e-5)
+    assert of(results, 2, f"evaluated_{engine}")[0] == pytest.approx(reference, rel=1e-5)
 
 
 def test_batches_joined_in_rank_order_are_the_same_on_any_ranks_and_workers(results):
@@ -121,18 +147,22 @@ def test_batches_joined_in_rank_order_are_the_same_on_any_ranks_and_workers(resu
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_loss_and_gradients_are_those_of_the_whole_batch(results, world):
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid"])
+def test_loss_and_gradients_are_those_of_the_whole_batch(results, world, name):
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(24, 8, generator=generator), dim=1)
     text = F.normalize(image + torch.randn(24, 8, generator=generator), dim=1)
     inputs = [t.double().requires_grad_() for t in (image, text, torch.tensor(20.0).log())]
     logits = inputs[2].exp() * inputs[0] @ inputs[1].T
     labels = torch.arange(24)
-    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    if name == "info_nce":
+        expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    else:
+        expected = -F.logsigmoid((2 * torch.eye(24) - 1) * (logits - 5)).sum() / 24
     grads = torch.autograd.grad(expected, inputs)
-    ranks = of(results, world, "loss_and_gradients")
-    for name, want in zip(("image_grad", "text_grad"), grads, strict=False):
-        got = torch.tensor([row for rank in ranks for row in rank[name]])
+    ranks = of(results, world, f"loss_{name}")
+    for field, want in zip(("image_grad", "text_grad"), grads, strict=False):
+        got = torch.tensor([row for rank in ranks for row in rank[field]])
         assert (got - want).norm() <= 1e-5 * want.norm()  # fp32
     for rank in ranks:
         assert rank["loss"] == pytest.approx(expected.item(), rel=1e-6)

@@ -20,6 +20,7 @@ from evaclip.data.shards import write_shards
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks
 from evaclip.evaluation import Result, evaluate
+from evaclip.loss import Similarity
 from evaclip.models.clip import CLIP, create_model
 
 Records = Sequence[tuple[str, Mapping[str, bytes]]]
@@ -137,13 +138,13 @@ def measure(clip: CLIP) -> Callable[..., Result]:
         batch: int = 4,
         workers: int = 0,
         encoder: Callable[[int], Any] = lambda _: clip,
-        logit_scale: float = 10.0,
+        similarity: Similarity = Similarity(10.0),  # noqa: B008  an immutable value
     ) -> Result:
         config = EvalConfig.model_validate({"batch": batch, "datasets": {"set": dataset}})
 
         def action(ranks: Ranks) -> Result:
             options = {"workers": workers, "index_dir": None, "max_image_pixels": 10_000}
-            (result,) = evaluate(encoder(ranks.rank), logit_scale, config, clip.config, ranks, **options)
+            (result,) = evaluate(encoder(ranks.rank), similarity, config, clip.config, ranks, **options)
             return result
 
         if world_size == 1:

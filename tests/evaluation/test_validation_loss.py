@@ -6,6 +6,7 @@ from evaclip.data.batch import PackedText
 from evaclip.data.images import eval_crop, load_eval
 from evaclip.data.shards import write_shards
 from evaclip.errors import DataError
+from evaclip.loss import Similarity
 
 
 def caption(i):
@@ -41,7 +42,7 @@ def reference(clip, tokens, records, texts, group, scale):
 def test_it_is_the_loss_of_consecutive_full_groups_on_any_ranks(
     clip, tokens, dataset, records, measure, world_size, batch
 ):
-    result = measure(dataset, batch=batch, world_size=world_size, logit_scale=20.0)
+    result = measure(dataset, batch=batch, world_size=world_size, similarity=Similarity(20.0))
     expected = reference(clip, tokens, records, [caption(i) for i in range(23)], batch, 20.0)
     # fp32 features in batches of other sizes, times 20
     assert result.metrics == {"loss": pytest.approx(expected, rel=1e-5)}
@@ -50,7 +51,7 @@ def test_it_is_the_loss_of_consecutive_full_groups_on_any_ranks(
 
 
 def test_in_clip_benchmarks_layout_the_first_line_is_the_caption(clip, tokens, folder, records, measure):
-    result = measure({"task": "loss", "path": str(folder(records))}, batch=6, logit_scale=20.0)
+    result = measure({"task": "loss", "path": str(folder(records))}, batch=6, similarity=Similarity(20.0))
     expected = reference(clip, tokens, records, [caption(i).splitlines()[0] for i in range(23)], 6, 20.0)
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert result.metrics["loss"] != pytest.approx(
@@ -65,5 +66,5 @@ def test_every_rank_calls_the_towers_equally_often(dataset, measure, counting):
 
 
 def test_fewer_records_than_one_group_are_refused(dataset, measure):
-    with pytest.raises(DataError, match=r"23 records do not fill one group of 24 pairs; lower eval\.batch to 23"):
+    with pytest.raises(DataError, match=r"23 records do not fill one group of 24 pairs; lower the batch"):
         measure(dataset, batch=24)

@@ -136,8 +136,12 @@ def test_a_bad_record_is_one_clear_line_from_a_worker_too(folder, records, measu
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("classnames.txt", None, r"classnames\.txt does not exist; .* set class_names to another file"),
-        ("zeroshot_classification_templates.txt", None, r"templates\.txt does not exist; .* set templates to another"),
+        ("classnames.txt", None, r"classnames\.txt does not exist; .*, or another file as class_names"),
+        (
+            "zeroshot_classification_templates.txt",
+            None,
+            r"templates\.txt does not exist; .*, or another file as templates",
+        ),
         ("classnames.txt", "a\n\nb\n", r"classnames\.txt: line 2 is empty"),
         ("classnames.txt", "\n", r"classnames\.txt is empty; it must hold an entry per line"),
         ("classnames.txt", b"\xff\xfe", r"classnames\.txt is not UTF-8"),

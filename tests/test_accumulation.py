@@ -1,0 +1,68 @@
+"""Gradients from micro-batches against those of the whole batch, in double precision."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from evaclip.accumulation import forward_backward
+from evaclip.config import InfoNceConfig, SigmoidConfig
+from evaclip.data.batch import Batch, PackedText
+from evaclip.distributed import Ranks
+from evaclip.loss import ContrastiveLoss
+from evaclip.models.clip import create_model
+
+SAMPLES = 16
+
+
+class DoubleEngine:
+    """The least that an engine is, in double precision."""
+
+    def __init__(self, clip):
+        self.clip = clip.double()
+
+    def forward(self, batch, *, last):
+        return self.clip(batch.images, batch.text, batch.seeds)
+
+    def backward(self, surrogate):
+        surrogate.backward()
+
+
+def batches(pieces):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (SAMPLES, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    lengths = torch.randint(2, 16, (SAMPLES,), generator=generator).tolist()
+    captions = [torch.randint(0, 49408, (length,), generator=generator).tolist() for length in lengths]
+    seeds = torch.randint(0, 1 << 62, (SAMPLES,), generator=generator)
+    bounds = [number * SAMPLES // pieces for number in range(pieces + 1)]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    return [Batch(images[part], PackedText.pack(captions[part]), seeds[part]) for part in parts]
+
+
+def gradients(loss_config, pieces, **changes):
+    config = tiny_config("unused", **changes)
+    engine = DoubleEngine(create_model(config.model, seed=0))
+    loss = ContrastiveLoss(loss_config, torch.device("cpu")).double()
+    output = forward_backward(engine, loss, batches(pieces), Ranks())
+    named = {**dict(engine.clip.named_parameters()), **dict(loss.named_parameters())}
+    return output.loss, {name: parameter.grad for name, parameter in named.items()}
+
+
+@pytest.mark.parametrize("loss", [InfoNceConfig(), SigmoidConfig(name="sigmoid")], ids=lambda config: config.name)
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+@pytest.mark.parametrize("token_drop", [0.0, 0.5, 0.75])
+def test_gradients_of_micro_batches_are_those_of_the_batch(loss, token_drop, drop_path):
+    changes = {"model__image__token_drop": token_drop, "model__image__drop_path": drop_path}
+    value, whole = gradients(loss, 1, **changes)
+    for pieces in (2, 3, 4, 8, 16):
+        other, parts = gradients(loss, pieces, **changes)
+        assert other.item() == pytest.approx(value.item(), rel=1e-12)
+        for name, gradient in whole.items():
+            assert (parts[name] - gradient).norm() <= 1e-12 * max(float(gradient.norm()), 1e-3), name
+
+
+def test_dropped_patches_and_paths_make_a_difference():
+    plain = gradients(InfoNceConfig(), 1, model__image__token_drop=0.0)[0]
+    assert gradients(InfoNceConfig(), 1, model__image__token_drop=0.5)[0] != plain
+    assert gradients(InfoNceConfig(), 1, model__image__token_drop=0.0, model__image__drop_path=0.3)[0] != plain
