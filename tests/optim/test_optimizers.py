@@ -56,6 +56,49 @@ def test_lamb_equals_timm_over_20_steps():
     assert movement(ours, peers) < 1e-6 * movement(start, ours)  # fp32 rounding over 20 steps
 
 
+@pytest.mark.parametrize(
+    ("options", "peer_options"),
+    [
+        ({"bias_correction": False}, {"bias_correction": False}),
+        ({"trust_ratio_bounds": (0.0, 1.0)}, {"trust_clip": True}),
+    ],
+    ids=["no bias correction", "clamped"],
+)
+def test_lambs_options_are_timms(options, peer_options):
+    ours, peers, start = parameters(), parameters(), parameters()
+    table = rows()
+    optimizer = make(Lamb, LambConfig(betas=(0.9, 0.98), **options), table, ours)
+    plain = make(Lamb, LambConfig(betas=(0.9, 0.98)), table, others := parameters())
+    groups = [{"params": [peers[0], peers[2]], "weight_decay": 0.05}, {"params": [peers[1]], "weight_decay": 0.0}]
+    peer = timm.optim.Lamb(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-6, max_grad_norm=None, **peer_options)
+    for step in range(20):
+        for tensors in (ours, peers, others):
+            set_gradients(tensors, step)
+        optimizer.step()
+        plain.step()
+        peer.step()
+    assert movement(ours, peers) < 1e-6 * movement(start, ours)
+    assert movement(ours, others) > 0.01 * movement(start, ours), "the option makes a difference"
+
+
+def test_trust_ratios_stay_within_their_bounds():
+    ours = parameters()
+    optimizer = make(Lamb, LambConfig(trust_ratio_bounds=(0.999, 1.001)), rows(), ours)
+    set_gradients(ours, 0)
+    optimizer.step()
+    assert optimizer.trust_ratios.tolist() == pytest.approx([min(max(r, 0.999), 1.001) for r in _free_ratios()])
+
+
+def _free_ratios():
+    ours = parameters()
+    optimizer = make(Lamb, LambConfig(), rows(), ours)
+    set_gradients(ours, 0)
+    optimizer.step()
+    ratios = optimizer.trust_ratios.tolist()
+    assert any(not 0.999 < ratio < 1.001 for ratio in ratios)
+    return ratios
+
+
 def test_adamw_equals_torch_over_20_steps():
     ours, peers, start = parameters(), parameters(), parameters()
     table = tuple(Row(name, shape, 0.01, 0.05, adapts=False) for name, shape in SHAPES.items())
