@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from evaclip.config import SigmoidConfig
+from evaclip.models.clip import at_least_fp32
 
 if TYPE_CHECKING:
     from evaclip.config import LossConfig
@@ -74,7 +75,7 @@ def info_nce(
         scale: Multiplier of the cosine similarities.
         ranks: The peers; each has equally many samples.
     """
-    image, text = _at_least_fp32(image), _at_least_fp32(text)
+    image, text = at_least_fp32(image.detach()), at_least_fp32(text.detach())
     batch, total = len(image), len(image) * ranks.world_size
     all_text = ranks.gather_rows(text)
     first = ranks.rank * batch  # column of this rank's first pair
@@ -133,7 +134,7 @@ def sigmoid_loss(
         bias: Summand of the logits.
         ranks: The peers; each has equally many samples.
     """
-    image, text = _at_least_fp32(image), _at_least_fp32(text)
+    image, text = at_least_fp32(image.detach()), at_least_fp32(text.detach())
     batch, total = len(image), len(image) * ranks.world_size
     all_text = ranks.gather_rows(text)
     first = ranks.rank * batch
@@ -162,11 +163,6 @@ def sigmoid_loss(
     correct = torch.stack([(matched >= row_max).sum(), (matched >= column_max).sum()])
     sums = ranks.sum(torch.cat([torch.stack([loss / total, scale_grad, bias_grad]), correct / total])).to(image.dtype)
     return LossOutput(sums[0], image_grad, text_grad, *sums[1:])
-
-
-def _at_least_fp32(features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-    """Without graph; what is wider stays as it is."""
-    return features.detach().to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _tiles(

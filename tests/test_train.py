@@ -1,4 +1,5 @@
 import importlib
+import io
 import json
 import math
 import os
@@ -6,13 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 from tiny import SYNTHETIC, tiny_config
 
+import evaclip
 from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
+from evaclip.data.shards import open_index
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, TrainingStoppedError
 from evaclip.history import load_history
@@ -252,6 +257,24 @@ def test_fixed_temperature_is_saved_and_restored(tmp_path):
     train(tiny_config(tmp_path, loss__learn_logit_scale=False, loss__logit_scale=100.0, train__steps=5))
     assert f"continuing {tmp_path} at step 4" in (tmp_path / "log.txt").read_text()
     assert rows(tmp_path)[-1]["train/logit_scale"] == pytest.approx(100)
+
+
+def test_the_sigmoid_loss_is_trained_evaluated_continued_and_loaded_with_its_bias(tmp_path, colour_shards):
+    shards = str(colour_shards / "00000.tar")
+    options = {"loss": {"name": "sigmoid"}, "eval__datasets": {"held": {"task": "loss", "path": shards, "limit": 10}}}
+    options |= {"eval__batch": 10}
+    train(tiny_config(tmp_path, **options))
+    train(tiny_config(tmp_path, **options, train__steps=6))
+    clip = evaclip.load(tmp_path)
+    assert clip.logit_bias == rows(tmp_path)[-1]["train/logit_bias"] != -10.0
+    records = [open_index(Path(shards)).read(number).members for number in range(10)]
+    with torch.no_grad():
+        images = torch.stack([clip.preprocess(Image.open(io.BytesIO(record["jpg"]))) for record in records])
+        texts = clip.tokenize([record["txt"].decode() for record in records])
+        cosines = clip.encode_image(images, normalize=True) @ clip.encode_text(texts, normalize=True).T
+    signs = 2 * torch.eye(10) - 1
+    expected = -torch.nn.functional.logsigmoid(signs * (clip.logit_scale * cosines + clip.logit_bias)).sum() / 10
+    assert rows(tmp_path)[-1]["eval/held/loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_evaluation_runs_at_the_start_at_its_steps_and_at_the_end(tmp_path, colour_shards):

@@ -63,21 +63,22 @@ class CLIP(nn.Module):
     ) -> Float[Tensor, "batch embed_dim"]:
         """Features of images; arguments as in ``forward``."""
         features = self.image(images, seeds)
-        return _normalised(features) if normalize else _at_least_fp32(features)
+        return _normalised(features) if normalize else at_least_fp32(features)
 
     def encode_text(self, text: PackedText, *, normalize: bool = False) -> Float[Tensor, "captions embed_dim"]:
         """Features of captions, in the order in which they were packed from."""
         features = self.text(text)
-        return _normalised(features) if normalize else _at_least_fp32(features)
+        return _normalised(features) if normalize else at_least_fp32(features)
 
 
 def _normalised(features: Tensor) -> Tensor:
     """Unit vectors in fp32: cosines of 16-bit features, times a scale of 100, would come in steps of a half."""
     with torch.autocast(features.device.type, enabled=False):
-        return F.normalize(_at_least_fp32(features), dim=-1)
+        return F.normalize(at_least_fp32(features), dim=-1)
 
 
-def _at_least_fp32(features: Tensor) -> Tensor:
+def at_least_fp32(features: Tensor) -> Tensor:
+    """16-bit features as fp32; what is wider stays as it is."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 

@@ -17,6 +17,7 @@ some slices at a time: on the CPU it stays in the cache.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,7 +77,7 @@ class Slice(NamedTuple):
     exp_avg_sq: Tensor
 
 
-class TableOptimizer(torch.optim.Optimizer):
+class TableOptimizer(torch.optim.Optimizer, ABC):
     """Steps rows of a table; see the module.
 
     Attributes:
@@ -206,9 +207,9 @@ class TableOptimizer(torch.optim.Optimizer):
             for s, update in zip(group, updates, strict=True):
                 torch.add(update, s.weight, alpha=self.rows[s.row].weight_decay, out=s.grad)
 
+    @abstractmethod
     def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
         """Subtract the updates that ``_adam_updates`` left in the gradients."""
-        raise NotImplementedError
 
     def _subtract(self, s: Slice, ratio: Tensor | float, finite: Tensor) -> None:
         """After a bad step, nothing: the update is weight decay alone then, a finite number."""
