@@ -237,8 +237,8 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def set_aside(folder: Path) -> list[str]:
-    """Take damaged checkpoints newer than the newest intact one out of the way; returns what is wrong with them.
+def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
+    """Take damaged checkpoints newer than the newest intact one out of the way; returns what ``newest_intact`` does.
 
     They are renamed to ``.step_N.damaged``, unless none is intact: then all stay, so that every start says so. What
     interrupted writes and deletions left is removed.
@@ -251,7 +251,7 @@ def set_aside(folder: Path) -> list[str]:
             aside = folder / f".{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-    return problems
+    return intact, problems
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:

@@ -236,8 +236,7 @@ def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader 
     folder = Path(config.run_dir) / "checkpoints"
     with agreed(ranks), writing(f"run_dir {folder}", ConfigError):
         if ranks.is_main:
-            damaged = checkpoint.set_aside(folder)
-            found = checkpoint.newest_intact(folder)[0], damaged
+            found = checkpoint.set_aside(folder)
     path, damaged = ranks.from_main(found)
     if damaged and path is None:
         raise CheckpointError(f"no checkpoint of {config.run_dir} is intact: {damaged[0]}; use a new run_dir")

@@ -88,7 +88,7 @@ def test_damage_is_seen_named_and_set_aside(tmp_path, harm):
     assert intact is not None
     assert intact.name == "step_00000001"
     assert len(problems) == 1
-    assert set_aside(tmp_path) == problems
+    assert set_aside(tmp_path) == (intact, problems)
     assert not path.exists()
     assert newest_intact(tmp_path) == (intact, [])
 
@@ -97,7 +97,7 @@ def test_damage_everywhere_is_said_at_every_start(tmp_path):
     path = write(tmp_path, 1)
     (path / "part_00000.safetensors").write_bytes(b"")
     for _ in range(2):
-        assert len(set_aside(tmp_path)) == 1
+        assert len(set_aside(tmp_path)[1]) == 1
         assert newest_intact(tmp_path)[0] is None
     assert path.exists()
 
