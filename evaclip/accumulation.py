@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from evaclip.config import TrainConfig
     from evaclip.data.batch import Batch
     from evaclip.distributed import Ranks
     from evaclip.engine.protocol import Engine
     from evaclip.loss import ContrastiveLoss, LossOutput
+
+
+def num_micro_batches(config: TrainConfig, world_size: int) -> int:
+    """Pieces in which a rank takes its share; with ``auto``, which a trial decides, one."""
+    share = max(1, config.global_batch // world_size)
+    return -(-share // (config.micro_batch if isinstance(config.micro_batch, int) else share))
 
 
 def forward_backward(engine: Engine, loss: ContrastiveLoss, micro_batches: Sequence[Batch], ranks: Ranks) -> LossOutput:

@@ -33,6 +33,8 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  an immutable value
+    local_world_size: int = 1
+    """Ranks on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -146,6 +148,6 @@ def started(*, need_group: bool) -> Generator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
-        yield Ranks(rank, world_size, device)
+        yield Ranks(rank, world_size, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         dist.destroy_process_group()

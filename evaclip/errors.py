@@ -29,6 +29,10 @@ class CheckpointError(EvaclipError):
     """A checkpoint that cannot be written, read or continued."""
 
 
+class OutOfMemoryError(EvaclipError):
+    """A step needs more memory than there is."""
+
+
 class TrainingStoppedError(EvaclipError):
     """Training ended before its last step.
 

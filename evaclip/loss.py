@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from evaclip.config import SigmoidConfig
@@ -46,6 +46,8 @@ class LossOutput(NamedTuple):
     """Share of images whose own caption is nearest; the same caption twice in a batch is right twice."""
     text_to_image: Float[Tensor, ""]
     """Share of captions whose own image is nearest."""
+    finite: Bool[Tensor, " batch"]
+    """Which of this rank's samples have two finite features; one that has not makes the loss NaN on all ranks."""
 
     def surrogate(
         self, image: Float[Tensor, "rows dim"], text: Float[Tensor, "rows dim"], rows: slice = slice(None)
@@ -111,7 +113,8 @@ def info_nce(
 
     loss = (row_lse + column_lse[own] - 2 * diagonal).sum() / (2 * total)
     sums = ranks.sum(torch.stack([loss, scale_grad, correct_rows / total, correct_columns / total]))
-    return LossOutput(sums[0], image_grad, text_grad, sums[1], torch.zeros_like(sums[1]), sums[2], sums[3])
+    no_bias = torch.zeros_like(sums[1])
+    return LossOutput(sums[0], image_grad, text_grad, sums[1], no_bias, sums[2], sums[3], _finite(image, text))
 
 
 def sigmoid_loss(
@@ -162,7 +165,11 @@ def sigmoid_loss(
     column_max = ranks.max(column_max)[first : first + batch]
     correct = torch.stack([(matched >= row_max).sum(), (matched >= column_max).sum()])
     sums = ranks.sum(torch.cat([torch.stack([loss / total, scale_grad, bias_grad]), correct / total])).to(image.dtype)
-    return LossOutput(sums[0], image_grad, text_grad, *sums[1:])
+    return LossOutput(sums[0], image_grad, text_grad, *sums[1:], finite=_finite(image, text))
+
+
+def _finite(image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"]) -> Bool[Tensor, " batch"]:
+    return image.isfinite().all(1) & text.isfinite().all(1)
 
 
 def _tiles(

@@ -22,6 +22,7 @@ import torch
 
 import evaclip
 from evaclip import checkpoint
+from evaclip.accumulation import num_micro_batches
 from evaclip.config import DeepSpeedEngineConfig
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
@@ -36,9 +37,11 @@ from evaclip.models.attention import kernel_name
 from evaclip.models.clip import create_model
 from evaclip.optim.table import summary
 from evaclip.sources import open_sources
+from evaclip.trial import largest_that_fits
 
 if TYPE_CHECKING:
     from evaclip.config import RunConfig
+    from evaclip.data.batch import Place
     from evaclip.engine.protocol import Engine
     from evaclip.models.clip import CLIP
 
@@ -59,6 +62,8 @@ class Run:
     """Parameter -> whole shape; ZeRO-3 leaves only slices in the modules."""
     loss: ContrastiveLoss
     engine: Engine
+    num_micro_batches: int
+    """Forwards that a rank needs for its share of a global batch."""
     step: int = 0
     """Attempted updates."""
     slot_states: dict[int, SlotState] | None = None
@@ -76,11 +81,6 @@ class Run:
         """Samples taken by all attempted updates."""
         return self.step * self.config.train.global_batch
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Forwards that a rank needs for its share of a global batch."""
-        return _num_micro_batches(self.config, self.ranks)
-
     def stream(self) -> Stream:
         """Batches from here to the last step."""
         gpu_compiled = self.config.train.compile and self.ranks.device.type == "cuda"
@@ -94,6 +94,11 @@ class Run:
             micro_batches=self.num_micro_batches,
             token_multiple=_TOKEN_MULTIPLE if gpu_compiled else 1,
         )
+
+    def record_name(self, place: Place) -> str:
+        """Shard and key of a sample, behind the name of its source."""
+        name = self.plan.sources[place.source].name
+        return f"{name} {self.sources[name].reader.record_name(place.shard, place.record)}"
 
     def save(self, metrics: Mapping[str, float], meter_state: Mapping[str, tuple[float, int]]) -> None:
         """Write a checkpoint of this step and delete what the retention rule lets go."""
@@ -146,7 +151,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         DataError: The sources cannot be used.
         CheckpointError: The checkpoint does not fit the data or the model.
     """
-    _require_exact_accumulation(config, ranks)
+    _require_exact_accumulation(config, ranks, num_micro_batches(config.train, ranks.world_size))
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
     changes = checkpoint.refuse_changes(reader.config, config, reader.path) if reader else []
@@ -164,7 +169,12 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     if reader:
         _load_weights(reader, clip, loss)
     engine = create_engine(config, clip, loss, ranks)
-    run = Run(config, ranks, plan, sources, shapes, loss, engine)
+    pieces = num_micro_batches(config.train, ranks.world_size)
+    if config.train.micro_batch == "auto":
+        largest = largest_that_fits(engine, loss, config, ranks)
+        pieces = -(-(config.train.global_batch // ranks.world_size) // largest)
+        _require_exact_accumulation(config, ranks, pieces)
+    run = Run(config, ranks, plan, sources, shapes, loss, engine, pieces)
     if reader:
         _load_state(reader, run)
     with agreed(ranks), writing(f"run_dir {run.directory}", ConfigError):
@@ -177,15 +187,9 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     return run
 
 
-def _num_micro_batches(config: RunConfig, ranks: Ranks) -> int:
-    share = max(1, config.train.global_batch // ranks.world_size)
-    return -(-share // (config.train.micro_batch or share))
-
-
-def _require_exact_accumulation(config: RunConfig, ranks: Ranks) -> None:
+def _require_exact_accumulation(config: RunConfig, ranks: Ranks, pieces: int) -> None:
     """Refuse to add up micro-batches in 16 bits: the gradient would depend on their number."""
-    engine, pieces = config.engine, _num_micro_batches(config, ranks)
-    zero1 = isinstance(engine, DeepSpeedEngineConfig) and engine.zero_stage == 1
+    zero1 = isinstance(config.engine, DeepSpeedEngineConfig) and config.engine.zero_stage == 1
     if zero1 and config.train.precision == "bf16_weights" and pieces > 1:
         raise ConfigError(
             f"train.micro_batch {config.train.micro_batch} on {ranks.world_size} ranks makes {pieces} micro-batches, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 from collections.abc import Generator, Mapping, Sequence
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from evaclip.accumulation import forward_backward
+from evaclip.anomalies import Anomalies, SkippedStep
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.data.pipeline import SourceAccount, account, require_few_bad
 from evaclip.distributed import Ranks, agreed, started
-from evaclip.errors import EvaclipError, TrainingStoppedError, writing
+from evaclip.errors import EvaclipError, OutOfMemoryError, TrainingStoppedError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
 from evaclip.history import History
+from evaclip.memory import advice, is_out_of_memory
 from evaclip.meter import Meter, peak_memory_gib
 from evaclip.metrics import Clock, peak_tflops
 from evaclip.models.flops import forward_flops
@@ -47,10 +50,27 @@ def train(config: RunConfig) -> None:
 
 def train_on(ranks: Ranks, config: RunConfig) -> None:
     """The same on ranks that have met already."""
-    with listening(ranks) as stop:
-        run = open_run(config, ranks)
-        with _reporting(run) as report:
-            _loop(run, report, stop)
+    run = None
+    try:
+        with listening(ranks) as stop:
+            run = open_run(config, ranks)
+            with _reporting(run) as report:
+                _loop(run, report, stop)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _out_of_memory(error, config, run, ranks) from error
+
+
+def _out_of_memory(error: BaseException, config: RunConfig, run: Run | None, ranks: Ranks) -> OutOfMemoryError:
+    """What to change; a micro-batch that ``auto`` found counts as if it had been given."""
+    if run:
+        found = -(-config.train.global_batch // (ranks.world_size * run.num_micro_batches))
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found})})
+    what = str(error).strip().splitlines() or [type(error).__name__]
+    lines = advice(config, ranks.world_size, on_gpu=ranks.device.type == "cuda")
+    text = f"rank {ranks.rank} ran out of memory ({what[0]}); change one of these:"
+    return OutOfMemoryError("\n  ".join([text, *lines]))
 
 
 def _loop(run: Run, report: Report, stop: StopRequest) -> None:
@@ -103,6 +123,7 @@ class Report:
     """What the loop tells the world: metrics, results, checkpoints. Files and W&B are the main rank's alone."""
 
     meter: Meter
+    anomalies: Anomalies
     clock: Clock
     progress: Progress | None
     history: History | None
@@ -118,6 +139,7 @@ class Report:
         tokens /= sum(len(batch.images) for batch in micro_batches)
         optimizer = run.engine.optimizer
         self.evaluated = {}
+        self.anomalies.step(run.step, micro_batches, output)
         self.meter.update(
             {
                 "train/loss": output.loss,
@@ -145,6 +167,7 @@ class Report:
         self.meter.update(scalars)
         values = self.meter.publish()
         accounts = _accounts(run)
+        skipped = self.anomalies.skipped_steps(run.ranks, any_skipped=values["train/skipped_steps"] > 0)
         kept = config.model.image.kept_patches
         flops = 3 * forward_flops(config.model, values["data/text_tokens"], kept=kept)
         values |= self.clock.publish(samples=run.samples, flops_per_sample=flops)
@@ -162,6 +185,7 @@ class Report:
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
                 self._tell_skips(accounts)
+                self._tell_anomalies(run, skipped)
         require_few_bad(accounts, config.data.max_bad_fraction)
         most = config.train.max_consecutive_skipped_steps
         if values["train/consecutive_skips"] >= most:
@@ -178,6 +202,26 @@ class Report:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.skipped.items()))
                 log.warning("source %s: records skipped so far: %s", name, reasons)
                 self.skips_told[name] = bad
+
+    def _tell_anomalies(self, run: Run, skipped: Sequence[SkippedStep]) -> None:
+        for step in skipped:
+            names = [run.record_name(place) for place in step.places]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            log.warning(
+                "step %d was skipped: loss %.4g, gradient norm %.4g; %s",
+                step.step,
+                step.loss,
+                step.grad_norm,
+                f"first not finite was the {step.cause} of {', '.join(names[:3])}{more} (skipped_steps.jsonl)"
+                if names
+                else "no single micro-batch had a bad number",
+            )
+            with (run.directory / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+                row = {"step": step.step, "loss": str(step.loss), "cause": step.cause, "records": names}
+                file.write(json.dumps(row) + "\n")
+        for name, multiple in self.anomalies.spikes().items():
+            what = "loss" if name == "loss" else f"update of {name}"
+            log.warning("up to step %d the %s was %.1f times its running value", run.step, what, multiple)
 
     def evaluation(self, run: Run) -> None:
         """Evaluate on all ranks and publish the results."""
@@ -225,11 +269,11 @@ def _reporting(run: Run) -> Generator[Report]:
     """Open history, W&B and progress on the main rank, cut to the restored step, and close them whatever happens."""
     config, ranks = run.config, run.ranks
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    meter = Meter(ranks.device)
+    meter, anomalies = Meter(ranks.device), Anomalies(run.engine.towers.clip, run.engine.optimizer)
     meter.restore(run.meter_state or {})
     clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(gpu))
     with ExitStack() as cleanup:
-        report = Report(meter, clock, None, None, None, {})
+        report = Report(meter, anomalies, clock, None, None, None, {})
         with agreed(ranks), writing(f"run_dir {run.directory}"):
             if ranks.is_main:
                 report.history = History(run.directory / "metrics.jsonl")

@@ -21,7 +21,8 @@ LAYERS = [
         "logs",
     },
     {"models", "loss", "optim", "data", "meter"},
-    {"accumulation", "distributed", "engine", "checkpoint", "preemption", "progress", "tracking", "sources"},
+    {"accumulation", "anomalies", "distributed", "engine", "memory", "trial"},
+    {"checkpoint", "preemption", "progress", "tracking", "sources"},
     {"api", "run", "train", "evaluation", "cli", "__main__"},
 ]
 ONLY_IN = {

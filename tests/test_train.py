@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from PIL import Image
 from tiny import SYNTHETIC, tiny_config
 
 import evaclip
+import evaclip.trial
 from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
+from evaclip.config import ModelConfig
 from evaclip.data.shards import open_index
-from evaclip.distributed import Ranks
-from evaclip.errors import CheckpointError, ConfigError, DataError, TrainingStoppedError
+from evaclip.distributed import Ranks, started
+from evaclip.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingStoppedError
 from evaclip.history import load_history
 from evaclip.run import open_run
 from evaclip.train import _loop, _reporting, train, train_on
@@ -317,3 +320,36 @@ def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone
         finally:
             os.kill(child, signal.SIGKILL)
     assert find_checkpoint(tmp_path).name == "step_00000004"
+
+
+@pytest.mark.parametrize("engine", [{}, {"engine__name": "deepspeed", "engine__zero_stage": 2}], ids=["torch", "zero2"])
+def test_a_micro_batch_that_fits_is_found_without_a_trace_in_the_training(tmp_path, monkeypatch, engine):
+    """The machine has room for all 16 samples, or is said to have none for more than a few."""
+    options = {**engine, "train__precision": "bf16", "train__steps": 3}
+    with started(need_group=True) as ranks:
+        train_on(ranks, tiny_config(tmp_path / "plain", **options))
+        train_on(ranks, tiny_config(tmp_path / "auto", **options, train__micro_batch="auto"))
+        monkeypatch.setattr("evaclip.trial.peak_bytes", lambda device: float(len(trials.pop())))
+        monkeypatch.setattr("evaclip.trial.available_bytes", lambda device, processes: 6.0)
+        trials, original = [], evaclip.trial.forward_backward
+
+        def forward_backward(engine, loss, micro_batches, ranks):
+            trials.append(micro_batches[0].images)
+            return original(engine, loss, micro_batches, ranks)
+
+        monkeypatch.setattr("evaclip.trial.forward_backward", forward_backward)
+        train_on(ranks, tiny_config(tmp_path / "little", **options, train__micro_batch="auto"))
+    assert "samples of a step in 1 micro-batches" in (tmp_path / "auto" / "log.txt").read_text()
+    assert_same_weights(weights(tmp_path / "plain"), weights(tmp_path / "auto"))
+    assert "samples of a step in 3 micro-batches" in (tmp_path / "little" / "log.txt").read_text()
+
+
+def test_running_out_of_memory_names_what_to_change(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    config = config.model_copy(update={"model": ModelConfig.model_validate({"name": "EVA02-CLIP-B-16"})})
+    monkeypatch.setattr("evaclip.train.open_run", lambda *arguments: torch.empty(1 << 60))
+    with pytest.raises(OutOfMemoryError, match=r"rank 0 ran out of memory \(.*allocate") as caught:
+        train(config)
+    lines = str(caught.value).splitlines()
+    assert len(lines) >= 3
+    assert any(re.match(r"  train\.micro_batch=8 \(now 16\) saves about \d+\.\d GiB$", line) for line in lines)

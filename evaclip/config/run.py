@@ -91,6 +91,8 @@ class DeepSpeedEngineConfig(Section):
     """The engine: torch or deepspeed."""
     zero_stage: Literal[1, 2, 3] = 1
     """What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep masters and moments in the host's memory and update them there; slower, for models that do not fit."""
 
 
 Engine = Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="name"), tagged("name", "torch")]
@@ -103,9 +105,9 @@ class TrainConfig(Section):
     """Optimizer updates in the whole run."""
     global_batch: Annotated[int, Field(ge=2)]
     """Samples of one update, over all ranks; the same on any number of ranks."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: PositiveInt | Literal["auto"] | None = None
     """Most samples a rank takes through the towers at once, which changes nothing but memory and time; a larger share
-    is taken in several micro-batches. null: the whole share at once."""
+    is taken in several micro-batches. auto: as many as fit, found by trial steps; null: the whole share at once."""
     precision: Literal["bf16", "bf16_weights", "fp16", "fp32"] = "bf16"
     """bf16, fp16: fp32 weights under autocast; bf16_weights: 16-bit weights with an fp32 master; fp32."""
     activation_checkpointing: bool = False

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int, UInt8
@@ -119,6 +120,14 @@ class PackedText:
         )
 
 
+class Place(NamedTuple):
+    """Where a sample lies; numbers as in the run's plan."""
+
+    source: int
+    shard: int
+    record: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples of one step, or a rank's part of them: image, caption and seed of each, in one order."""
@@ -129,6 +138,8 @@ class Batch:
     """As many captions as images."""
     seeds: Int[Tensor, " batch"]
     """63 bits each, int64, from which the towers draw what they drop."""
+    places: tuple[Place, ...] = ()
+    """Where each sample comes from, on the host; empty for a batch that was made by hand."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same samples on another device."""
@@ -136,8 +147,9 @@ class Batch:
             images=self.images.to(device, non_blocking=non_blocking),
             text=self.text.to(device, non_blocking=non_blocking),
             seeds=self.seeds.to(device, non_blocking=non_blocking),
+            places=self.places,
         )
 
     def pin_memory(self) -> Batch:
         """The same samples in page-locked memory."""
-        return Batch(self.images.pin_memory(), self.text.pin_memory(), self.seeds.pin_memory())
+        return Batch(self.images.pin_memory(), self.text.pin_memory(), self.seeds.pin_memory(), self.places)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from evaclip.config import RunConfig
-from evaclip.data.batch import Batch, PackedText
+from evaclip.data.batch import Batch, PackedText, Place
 from evaclip.data.order import (
     Plan,
     SlotCursor,
@@ -67,6 +67,7 @@ class Part(NamedTuple):
     lengths: list[int]
     seeds: Tensor
     """int64 [samples]."""
+    places: list[Place]
     states: list[SlotState]
     """Of the worker's slots, behind this step."""
 
@@ -96,16 +97,17 @@ class _SlotParts(IterableDataset[Any]):
             except DataError as error:  # a worker's exception would arrive as a text with its stack trace
                 yield error
                 return
-            samples, seeds = [sample for sample, _ in drawn], [seed for _, seed in drawn]
+            samples, seeds, places = zip(*drawn, strict=True)
             yield Part(
                 torch.stack([sample.image for sample in samples]),
                 torch.tensor([token for sample in samples for token in sample.tokens], dtype=torch.int32),
                 [len(sample.tokens) for sample in samples],
                 torch.tensor(seeds, dtype=torch.int64),
+                list(places),
                 [cursor.state for cursor in cursors],
             )
 
-    def _next(self, cursor: SlotCursor) -> tuple[Sample, int]:
+    def _next(self, cursor: SlotCursor) -> tuple[Sample, int, Place]:
         source = cursor.next_source()
         reasons: list[str] = []
         while True:
@@ -125,7 +127,7 @@ class _SlotParts(IterableDataset[Any]):
                     + "; mend the shard or take it out of the list"
                 ) from None
             cursor.deliver(source)
-            return sample, seed
+            return sample, seed, Place(source, pick.shard, pick.record)
 
 
 class Stream:
@@ -177,6 +179,7 @@ class Stream:
                 captions.append(tokens[start : start + length])
                 start += length
         images, seeds = torch.cat([part.images for part in parts]), torch.cat([part.seeds for part in parts])
+        places = [place for part in parts for place in part.places]
         states = [state for part in parts for state in part.states]
         bounds = [number * len(captions) // self._micro_batches for number in range(self._micro_batches + 1)]
         batches = [
@@ -184,6 +187,7 @@ class Stream:
                 images=images[start:stop],
                 text=PackedText.pack(captions[start:stop], multiple_of=self._token_multiple),
                 seeds=seeds[start:stop],
+                places=tuple(places[start:stop]),
             )
             for start, stop in pairwise(bounds)
         ]

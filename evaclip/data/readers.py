@@ -50,6 +50,10 @@ class Reader(Protocol):
         """Name of a shard for messages."""
         ...
 
+    def record_name(self, shard: int, record: int) -> str:
+        """Name of a record for messages: its shard's, a colon, its key."""
+        ...
+
 
 @dataclass
 class ShardReader:
@@ -83,6 +87,10 @@ class ShardReader:
         """See ``Reader.shard_name``."""
         return str(self.shards.paths[shard])
 
+    def record_name(self, shard: int, record: int) -> str:
+        """See ``Reader.record_name``."""
+        return f"{self.shard_name(shard)}:{self.shards.key(shard, record)}"
+
 
 @dataclass
 class SyntheticReader:
@@ -101,6 +109,10 @@ class SyntheticReader:
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""
         return f"synthetic {shard}"
+
+    def record_name(self, shard: int, record: int) -> str:
+        """See ``Reader.record_name``."""
+        return f"{self.shard_name(shard)}:{record}"
 
 
 class OpenedSource(NamedTuple):

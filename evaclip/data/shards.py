@@ -313,6 +313,13 @@ class ShardSet:
             CorruptRecordError: A member's bytes do not match their checksum.
             DataError: The shard is not the one that was counted.
         """
+        return self._shard(shard).read(record)
+
+    def key(self, shard: int, record: int) -> str:
+        """Key of a record; raises ``DataError`` as ``read`` does."""
+        return self._shard(shard).key(record)
+
+    def _shard(self, shard: int) -> Shard:
         opened = self._open.get(shard)
         if opened is None:
             path = self.paths[shard]
@@ -323,7 +330,7 @@ class ShardSet:
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
-        return opened.read(record)
+        return opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}

@@ -60,7 +60,7 @@ def _engine(
             parameters,
             optimizer,
             ranks,
-            zero_stage=config.engine.zero_stage,
+            config=config.engine,
             sixteen_bit=config.train.precision == "bf16_weights",
             micro_batch=config.train.global_batch // ranks.world_size,
         )

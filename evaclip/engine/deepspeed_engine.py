@@ -3,7 +3,7 @@
 DeepSpeed flattens the parameters of its single group and gives our optimizer this rank's slice; ``_spans`` says which
 element of the slice is which parameter's. Gradients are averaged by DeepSpeed, which our optimizer undoes, and clipped
 by our optimizer alone. Stages 1 and 2 leave the check for non-finite values to our optimizer, on the device;
-stage 3 makes its own before it steps, with the same result.
+stage 3 and the offloaded optimizer make their own before they step, with the same result.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside DeepSpeed's imports
     import deepspeed
 
+# On CPUs DeepSpeed would compile an all-reduce through shared memory, for minutes and under a lock; nothing uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
+    from evaclip.config import DeepSpeedEngineConfig
     from evaclip.data.batch import Batch
     from evaclip.distributed import Ranks
     from evaclip.engine.prepare import PreparedTowers
@@ -44,14 +48,14 @@ class DeepSpeedEngine:
         optimizer: TableOptimizer,
         ranks: Ranks,
         *,
-        zero_stage: int,
+        config: DeepSpeedEngineConfig,
         sixteen_bit: bool,
         micro_batch: int,
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.towers = towers
         self.optimizer = optimizer
-        self._stage = zero_stage
+        self._stage = config.zero_stage
         self._loss_scale = LossScale(optimizer, towers.autocast_dtype)
         optimizer.averaged_over = ranks.world_size
         with warnings.catch_warnings():
@@ -59,11 +63,11 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=towers,
                 optimizer=optimizer,
-                config=_settings(zero_stage, sixteen_bit=sixteen_bit, micro_batch=micro_batch),
+                config=_settings(config, ranks.device, sixteen_bit=sixteen_bit, micro_batch=micro_batch),
                 dist_init_required=False,
             )[0]
         row_of = {id(parameter): row for row, parameter in enumerate(parameters)}
-        optimizer.bind(_spans(self._engine.optimizer, zero_stage, row_of, ranks), sharded=True)
+        optimizer.bind(_spans(self._engine.optimizer, self._stage, row_of, ranks), sharded=True)
 
     def forward(self, batch: Batch, *, last: bool) -> Features:
         """See ``protocol.Engine.forward``."""
@@ -79,7 +83,7 @@ class DeepSpeedEngine:
         optimizer = self.optimizer
         optimizer.factor, optimizer.loss = lr_factor, loss
         self._engine.step()
-        if self._stage == 3 and self._engine.optimizer.overflow:  # our optimizer was not called
+        if self._engine.optimizer.overflow:  # our optimizer was not called
             optimizer.consecutive_skips += 1
             optimizer.grad_norm = torch.full_like(optimizer.grad_norm, torch.inf)
         self._loss_scale.adjust()
@@ -96,10 +100,16 @@ class DeepSpeedEngine:
             parameter.all_gather(param_list=[parameter])
 
 
-def _settings(zero_stage: int, *, sixteen_bit: bool, micro_batch: int) -> dict[str, Any]:
+def _settings(
+    config: DeepSpeedEngineConfig, device: torch.device, *, sixteen_bit: bool, micro_batch: int
+) -> dict[str, Any]:
     """DeepSpeed's configuration; everything that it would do a second time is off."""
-    zero = {"stage": zero_stage, "sub_group_size": 10**15}
-    if zero_stage < 3:
+    stage = config.zero_stage
+    own_check = stage == 3 or config.offload_optimizer
+    zero: dict[str, Any] = {"stage": stage, "sub_group_size": 10**15}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    elif stage < 3:
         zero["compute_grad_norm"] = False
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -111,9 +121,9 @@ def _settings(zero_stage: int, *, sixteen_bit: bool, micro_batch: int) -> dict[s
         "steps_per_print": 10**12,
     }
     if sixteen_bit:
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": zero_stage == 3}
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": own_check}
         settings["communication_data_type"] = "fp32"
-        if zero_stage > 1:  # stage 1 keeps its gradients in 16 bits between backward and reduction
+        if stage > 1:  # stage 1 keeps its gradients in 16 bits between backward and reduction
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 

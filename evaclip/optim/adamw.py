@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
-from evaclip.optim.base import Slice, TableOptimizer
+from evaclip.optim.base import TableOptimizer
 
 
 class AdamW(TableOptimizer):
     """w <- w - lr (m / (sqrt(v) + eps) + decay w), with bias-corrected moments m and v."""
 
-    def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
-        for s in slices:
-            self._subtract(s, 1.0, finite)
+    def _ratios(self, weight: Tensor, update: Tensor) -> Tensor:
+        return torch.ones_like(update, dtype=torch.float32)

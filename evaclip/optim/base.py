@@ -4,16 +4,17 @@ The optimizer sees tensors and, for each, which span belongs to which row of the
 one whole parameter; under ZeRO it is this rank's flat slice of all of them, cut anywhere. Rows that stand outside the
 engine (the logit scale) are whole on every rank.
 
-Communication: under ZeRO one all-reduce of a single number for the gradient norm; a subclass may add one for norms per
-row. Nothing else, and nothing waits for the device: a step with a non-finite gradient or loss is carried out and
-changes nothing, on every rank alike because the norm and the loss are the same on all.
+Communication: under ZeRO one all-reduce of a single number for the gradient norm and one of two numbers per row, the
+squared norms of weight and update. Nothing else, and nothing waits for the device: a step with a non-finite gradient or
+loss is carried out and changes nothing, on every rank alike because the norm and the loss are the same on all.
 
 Memory: two moments per element, and a buffer of ``_BUFFER`` elements in which torch's fused Adam leaves the update of
 some slices at a time: on the CPU it stays in the cache.
 """
 
-# torch leaves parts of its interface untyped:
+# torch leaves parts of its interface untyped, and its fused Adam without a public name:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from evaclip.optim.table import Row
 
@@ -59,7 +59,7 @@ class Piece(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A tensor with its moments and spans."""
+    """A tensor with its moments and spans, on one device."""
 
     tensor: Tensor
     exp_avg: Tensor
@@ -88,6 +88,7 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
         updates: Updates applied so far (0-d, on the device); what the bias correction counts.
         consecutive_skips: Steps skipped since the last applied one (0-d).
         grad_norm: Global L2 norm of the last gradient, before clipping (0-d).
+        update_rms: Of the last step, one per row: root mean square of the update before the learning rate.
         trust_ratios: Of the last step, one per adapting row; empty for AdamW.
     """
 
@@ -106,11 +107,15 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.consecutive_skips = torch.zeros((), dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), device=device)
+        self.update_rms = torch.zeros(len(self.rows), device=device)
         self.trust_ratios = torch.ones(0, device=device)
+        self._peak_rates = torch.tensor([row.lr for row in self.rows], device=device)
+        self._numels = torch.tensor([row.numel for row in self.rows], device=device)
         self._bound: list[_Bound] = []
         self._whole: list[_Bound] = []
         self._sharded = False
-        self._buffer = torch.empty(_BUFFER[device.type], device=device)
+        self._buffers: dict[str, Tensor] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def bind(self, tensors: Sequence[tuple[Tensor, Sequence[Span]]], *, sharded: bool) -> None:
         """Say which fp32 tensors hold the rows of the engine, and allocate their moments.
@@ -119,12 +124,21 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
             tensors: Each with its spans; its ``grad`` is set before every step.
             sharded: Whether the tensors are this rank's share (ZeRO) instead of everything.
         """
-        self._bound = [_with_moments(tensor, spans) for tensor, spans in tensors]
+        self._bound = self._with_moments(tensors)
         self._sharded = sharded
 
     def bind_whole(self, tensors: Sequence[tuple[Tensor, Sequence[Span]]]) -> None:
         """The same for rows outside the engine, replicated on every rank."""
-        self._whole = [_with_moments(tensor, spans) for tensor, spans in tensors]
+        self._whole = self._with_moments(tensors)
+
+    def _with_moments(self, tensors: Sequence[tuple[Tensor, Sequence[Span]]]) -> list[_Bound]:
+        bound: list[_Bound] = []
+        for tensor, spans in tensors:
+            flat, device = tensor.detach().view(-1), tensor.device
+            bound.append(_Bound(tensor, torch.zeros_like(flat), torch.zeros_like(flat), tuple(spans)))
+            if device.type not in self._buffers:
+                self._buffers[device.type] = torch.empty(_BUFFER[device.type], device=device)
+        return bound
 
     def pieces(self) -> Iterator[Piece]:
         """State that this rank is to save: its shard, or its share of what all ranks hold."""
@@ -153,11 +167,12 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
         """Update everything that is bound, or nothing where loss or gradient is not finite."""
         assert closure is None, "the loss is computed before the step"
         slices, own = self._slices(self._bound), self._slices(self._whole)
-        squared = _squared_norm(slices, self.loss.device)
+        device = self.loss.device
+        squared = _squared_norm(slices, device)
         if self._sharded:
             self.ranks.sum(squared)
         scale = self.grad_scale / self.averaged_over
-        squared = squared + _squared_norm(own, self.loss.device) * scale**2
+        squared = squared + _squared_norm(own, device) * scale**2
         self.grad_norm = (squared.sqrt() / scale).float()
         finite = torch.isfinite(self.grad_norm) & torch.isfinite(self.loss)
         clip = self.config.clip_norm
@@ -165,11 +180,17 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
 
         self.updates += finite
         self.consecutive_skips = torch.where(finite, 0, self.consecutive_skips + 1)
-        if finite.device.type == "cpu" and not finite:  # nothing to wait for there
+        if device.type == "cpu" and not finite:  # nothing to wait for there
             return
-        self._adam_updates(slices, finite, scale / shrink)
-        self._adam_updates(own, finite, 1 / shrink)
-        self._apply([*slices, *own], finite)
+        squares = self._adam_updates(slices, finite, scale / shrink)
+        if self._sharded:
+            self.ranks.sum(squares)
+        weight, update = (squares + self._adam_updates(own, finite, 1 / shrink)).sqrt()
+        self.update_rms = (update / self._numels.sqrt()).float()
+        # after a bad step 0: the update is weight decay alone then, a finite number
+        rates = torch.where(finite, self._ratios(weight, update) * self._peak_rates * self.factor, 0.0)
+        self._subtract(slices, rates)
+        self._subtract(own, rates)
 
     def _slices(self, tensors: Sequence[_Bound]) -> list[Slice]:
         found: list[Slice] = []
@@ -178,45 +199,72 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
                 raise AssertionError("the engine sets gradients before the step")
             flat = [t.view(-1) for t in (bound.tensor.detach(), bound.tensor.grad, bound.exp_avg, bound.exp_avg_sq)]
             for span in bound.spans:
-                most = len(self._buffer)
+                most = _BUFFER[bound.tensor.device.type]
                 for start in range(span.offset, span.offset + span.size, most):
                     part = slice(start, min(start + most, span.offset + span.size))
                     found.append(Slice(span.row, *(tensor[part] for tensor in flat)))
         return found
 
-    def _adam_updates(self, slices: Sequence[Slice], finite: Tensor, grad_scale: Tensor) -> None:
-        """Advance both moments, then leave the Adam update (without learning rate) in the gradient's place."""
+    def _adam_updates(self, slices: Sequence[Slice], finite: Tensor, grad_scale: Tensor) -> Tensor:
+        """Advance both moments, then leave the update (without learning rate) in the gradient's place.
+
+        Returns:
+            Squared norms of weight and update by row, fp64 [2, rows]; those of weights only where a row adapts.
+        """
+        squares = torch.zeros(2, len(self.rows), dtype=torch.float64, device=self.loss.device)
+        if not slices:
+            return squares
         beta1, beta2 = self.config.betas
-        before = (self.updates - 1).clamp(min=0).float()
+        device = slices[0].weight.device
+        count = self.updates.clamp(min=1).float().to(device)
         if not self._bias_correction:
-            before.fill_(float("inf"))  # 1 - beta^t is 1
-        for group in _groups(slices, len(self._buffer)):
-            self._buffer.zero_()
-            updates = self._buffer[: sum(len(s.weight) for s in group)].split([len(s.weight) for s in group])
-            adam(
-                list(updates),  # 0 - lr u with lr = -1
+            count.fill_(float("inf"))  # 1 - beta^t is 1
+        grad_scale, found_inf = grad_scale.to(device), (~finite).float().to(device)
+        buffer = self._buffers[device.type]
+        none = torch.zeros((), device=device)
+        norms: tuple[list[Tensor], list[Tensor]] = ([], [])  # squared, of weights and of updates
+        for group in _groups(slices, len(buffer)):
+            buffer.zero_()
+            sizes = [len(s.weight) for s in group]
+            updates = buffer[: sum(sizes)].split(sizes)
+            torch._fused_adam_(  # torch.optim.Adam's kernel; 0 - lr u with lr = -1
+                list(updates),
                 [s.grad for s in group],
                 [s.exp_avg for s in group],
                 [s.exp_avg_sq for s in group],
                 [],
-                [before.clone() for _ in group],
+                [count] * len(group),
                 lr=-1.0, beta1=beta1, beta2=beta2, eps=self.config.eps, weight_decay=0.0,
-                amsgrad=False, maximize=False, fused=True,
-                grad_scale=grad_scale, found_inf=(~finite).float(),
+                amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
             )  # fmt: skip
             for s, update in zip(group, updates, strict=True):
-                torch.add(update, s.weight, alpha=self.rows[s.row].weight_decay, out=s.grad)
+                row = self.rows[s.row]
+                torch.add(update, s.weight, alpha=row.weight_decay, out=s.grad)
+                norms[0].append(torch.dot(s.weight, s.weight) if row.adapts else none)
+                norms[1].append(torch.dot(s.grad, s.grad))
+        found = torch.stack([torch.stack(part) for part in norms]).double().to(squares.device)
+        return squares.index_add_(1, self._row_index(slices), found)
+
+    def _row_index(self, slices: Sequence[Slice]) -> Tensor:
+        """Rows of slices, on the device; they are the same in every step, so nothing is sent there but once."""
+        rows = tuple(s.row for s in slices)
+        if rows not in self._indices:
+            self._indices[rows] = torch.tensor(rows, device=self.loss.device)
+        return self._indices[rows]
+
+    def _subtract(self, slices: Sequence[Slice], rates: Tensor) -> None:
+        """Take a step along the updates that ``_adam_updates`` left."""
+        if not slices:
+            return
+        own_rates = rates.to(slices[0].weight.device).unbind()
+        for s in slices:
+            s.weight.sub_(s.grad.mul_(own_rates[s.row]))
+            if self.rows[s.row].upper_bound != float("inf"):
+                s.weight.clamp_(max=self.rows[s.row].upper_bound)
 
     @abstractmethod
-    def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
-        """Subtract the updates that ``_adam_updates`` left in the gradients."""
-
-    def _subtract(self, s: Slice, ratio: Tensor | float, finite: Tensor) -> None:
-        """After a bad step, nothing: the update is weight decay alone then, a finite number."""
-        row = self.rows[s.row]
-        s.weight.sub_(s.grad.mul_(finite * (ratio * (row.lr * self.factor))))
-        if row.upper_bound != float("inf"):
-            s.weight.clamp_(max=row.upper_bound)
+    def _ratios(self, weight: Tensor, update: Tensor) -> Tensor:
+        """Factors of the learning rates by row, from the norms of weight and update by row, fp64."""
 
 
 def _groups(slices: Sequence[Slice], most: int) -> Iterator[list[Slice]]:
@@ -237,9 +285,4 @@ def _squared_norm(slices: Sequence[Slice], device: torch.device) -> Tensor:
     """Sum of squares of the gradients, fp64: an fp32 dot product of a slice is exact enough, a sum of many is not."""
     if not slices:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([torch.dot(s.grad, s.grad) for s in slices]).double().sum()
-
-
-def _with_moments(tensor: Tensor, spans: Sequence[Span]) -> _Bound:
-    flat = tensor.detach().view(-1)
-    return _Bound(tensor, torch.zeros_like(flat), torch.zeros_like(flat), tuple(spans))
+    return torch.stack([torch.dot(s.grad, s.grad) for s in slices]).double().sum().to(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaclip.config import LambConfig
-from evaclip.optim.base import Slice, TableOptimizer
+from evaclip.optim.base import TableOptimizer
 from evaclip.optim.table import Row
 
 if TYPE_CHECKING:
@@ -29,25 +29,17 @@ class Lamb(TableOptimizer):
 
     def __init__(self, parameters: Sequence[Tensor], rows: Sequence[Row], config: OptimConfig, ranks: Ranks) -> None:
         super().__init__(parameters, rows, config, ranks)
-        adapting = [number for number, row in enumerate(rows) if row.adapts]
         assert isinstance(config, LambConfig)
         self._bounds = config.trust_ratio_bounds
         self._bias_correction = config.bias_correction
+        self._adapts = torch.tensor([row.adapts for row in rows], device=ranks.device)
+        adapting = [number for number, row in enumerate(rows) if row.adapts]
         self._adapting = torch.tensor(adapting, dtype=torch.int64, device=ranks.device)
 
-    def _apply(self, slices: Sequence[Slice], finite: Tensor) -> None:
-        squares = torch.zeros(2, len(self.rows), dtype=torch.float64, device=self.loss.device)
-        for s in slices:
-            if self.rows[s.row].adapts:
-                squares[0, s.row] += torch.dot(s.weight, s.weight)
-                squares[1, s.row] += torch.dot(s.grad, s.grad)
-        if self._sharded:
-            self.ranks.sum(squares)
-        weight, update = squares.sqrt()
+    def _ratios(self, weight: Tensor, update: Tensor) -> Tensor:
         ratios = weight / update
         if self._bounds:
             ratios = ratios.clamp(*self._bounds)
-        ratios = torch.where((weight > 0) & (update > 0), ratios, 1.0).float()
-        for s in slices:
-            self._subtract(s, ratios[s.row], finite)
+        ratios = torch.where(self._adapts & (weight > 0) & (update > 0), ratios, 1.0).float()
         self.trust_ratios = ratios[self._adapting]
+        return ratios

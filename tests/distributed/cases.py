@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import shutil
@@ -20,9 +21,12 @@ from deepspeed.utils import safe_get_full_grad
 from tiny import SYNTHETIC
 from tiny import tiny_config as wider_config
 
+from evaclip import loss as loss_module
 from evaclip.accumulation import forward_backward
+from evaclip.anomalies import Anomalies
 from evaclip.checkpoint import CheckpointReader, Entry, RunState, find_checkpoint, save
 from evaclip.config import RunConfig
+from evaclip.data.batch import Batch
 from evaclip.data.order import choose_slots
 from evaclip.data.pipeline import Stream, make_plan
 from evaclip.distributed import Ranks
@@ -40,11 +44,26 @@ STEPS = 20
 INTERRUPTED = {"train__steps": STEPS, "checkpoint__every_steps": STEPS // 2, "data__workers": 2}
 SHORT = {"train__steps": 6, "checkpoint__every_steps": 6}
 ENGINES = {
-    "torch": {"engine__name": "torch"},
+    "torch": {},
     **{f"zero{n}": {"engine__name": "deepspeed", "engine__zero_stage": n} for n in (1, 2, 3)},
 }
 PRECISIONS = [("torch", "fp32"), ("torch", "bf16"), ("zero2", "bf16"), *((e, "bf16_weights") for e in ENGINES)]
 CONSTANT = {"checkpoint__every_steps": 10, "schedule__warmup_steps": 0, "schedule__final_fraction": 1.0}
+
+
+OFFLOADED = {f"{name}_offload": {**ENGINES[name], "engine__offload_optimizer": True} for name in ("zero2", "zero3")}
+BAD_STEPS = {
+    1: (("torch", "fp32"),),
+    2: (
+        *((name, "fp32") for name in (*ENGINES, "zero3_offload")),
+        *(("torch", "fp16"), ("zero1", "bf16"), ("zero2", "bf16_weights"), ("zero3", "fp16")),
+    ),
+    4: (),
+}
+"""Here and below: what the default suite runs by number of ranks; ``make exactness`` runs everything."""
+SAME_GRADIENTS = {2: ("torch", "zero1", "zero2_offload", "zero3"), 4: ("zero2",)}
+ACCUMULATED = {1: ("torch",), 2: ("zero1", "zero3"), 4: ("zero2",)}
+TRAINED = {1: ("torch",), 2: ("torch", "zero2", "zero3"), 4: ()}
 
 
 def tiny_config(folder: Path, source: dict[str, Any] = SYNTHETIC, **changes: Any) -> RunConfig:
@@ -108,12 +127,12 @@ def _rows_of(config: RunConfig) -> dict[str, Any]:
 
 
 def same_gradients(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str, Any]:
-    """LAMB under an engine, and timm's in this process on the gradients that the engine had: how far are they apart?
+    """An optimizer under an engine, and the peer's in this process on the gradients that the engine had: how far apart?
 
-    timm's runs in double: in fp32 it is 1e-4 off, because its norm of the token embedding is one sum of 1.6 M squares.
-    Also how many collectives a step of the optimizer took.
+    LAMB's peer is timm's, AdamW's torch's, both in double: in fp32 timm's is 1e-4 off, because its norm of the token
+    embedding is one sum of 1.6 M squares. Also how many collectives a step of the optimizer took.
     """
-    config = tiny_config(folder, **options, optim__name="lamb", optim__lr=3e-2)
+    config = tiny_config(folder, **{"optim__name": "lamb", **options}, optim__lr=3e-2)
     clip = create_model(config.model, seed=0)
     peers = {name: p.detach().double().requires_grad_() for name, p in clip.named_parameters()}
     start = {name: p.detach().clone() for name, p in peers.items()}
@@ -123,30 +142,41 @@ def same_gradients(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> di
         for decays in (True, False)
     ]
     optim = config.optim
-    peer = timm.optim.Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
+    if optim.name == "lamb":
+        peer = timm.optim.Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
+    else:
+        peer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     loss = ContrastiveLoss(config.loss, ranks.device)
-    engine = create_engine(config, clip, loss, ranks)
     names = {id(p): name for name, p in clip.named_parameters()}
-    deepspeed = "engine__zero_stage" in options
+    engine = create_engine(config, clip, loss, ranks)
+    engine.optimizer.grad_scale.clamp_(max=1024.0)  # the tiny towers overflow at what fp16 starts with
     sources = open_sources(config, ranks)
     stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=STEPS, states={})
     collectives = []
     for micro_batches, _ in stream:
         output = forward_backward(engine, loss, micro_batches, ranks)
-        for parameter in clip.parameters():
-            whole = safe_get_full_grad(parameter) * ranks.world_size if deepspeed else ranks.sum(parameter.grad.clone())
-            peers[names[id(parameter)]].grad = whole.detach().double().view(peers[names[id(parameter)]].shape)
+        for parameter, master in zip(clip.parameters(), masters_of(engine, clip), strict=True):
+            peer_parameter = peers[names[id(parameter)]]
+            grad = engine_gradient(master, ranks, options).double() / engine.optimizer.grad_scale
+            peer_parameter.grad = grad.view(peer_parameter.shape)
         with counted(engine.optimizer) as calls:
             engine.step(1.0, output.loss)
         collectives.append(len(calls))
         peer.step()
-    apart, moved = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)  # squared: apart, moved
     for piece in engine.optimizer.local_pieces():
         if piece.row.name in peers:
             part = slice(piece.start, piece.start + len(piece.weight))
-            apart += (piece.weight - peers[piece.row.name].detach().view(-1)[part]).double().square().sum()
-            moved += (peers[piece.row.name].detach() - start[piece.row.name]).view(-1)[part].double().square().sum()
-    return {"apart": float((apart / moved).sqrt()), "collectives": collectives}
+            sums[0] += (piece.weight - peers[piece.row.name].detach().view(-1)[part]).double().square().sum()
+            sums[1] += (peers[piece.row.name].detach() - start[piece.row.name]).view(-1)[part].double().square().sum()
+    apart, moved = ranks.sum(sums)
+    applied = int(engine.optimizer.updates)
+    return {"apart": float((apart / moved).sqrt()), "collectives": collectives, "applied": applied}
+
+
+def masters_of(engine: Any, clip: Any) -> list[torch.Tensor]:
+    """What holds the gradients: the parameters, or the torch engine's masters of 16-bit ones."""
+    return getattr(engine, "_masters", None) or list(clip.parameters())
 
 
 @contextmanager
@@ -180,17 +210,83 @@ def trained(ranks: Ranks, folder: Path, *, source: dict[str, Any], options: dict
     return str(find_checkpoint(folder))
 
 
-def loss_and_gradients(ranks: Ranks, folder: Path, *, name: str) -> dict[str, Any]:
-    """A loss of 24 pairs split over the ranks."""
-    generator = torch.Generator().manual_seed(0)
+def loss_pairs(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """24 pairs of unit vectors, of which some are near one another at a scale of 20 and all but one far at 100."""
+    generator = torch.Generator().manual_seed(int(scale))
     image = F.normalize(torch.randn(24, 8, generator=generator), dim=1)
-    text = F.normalize(image + torch.randn(24, 8, generator=generator), dim=1)
+    return image, F.normalize(image + torch.randn(24, 8, generator=generator), dim=1)
+
+
+def loss_and_gradients(ranks: Ranks, folder: Path, *, name: str, scale: float) -> dict[str, Any]:
+    """A loss of 24 pairs split over the ranks, in tiles of 5 rows, which divide no rank's share."""
+    image, text = loss_pairs(scale)
     share = slice(ranks.rank * 24 // ranks.world_size, (ranks.rank + 1) * 24 // ranks.world_size)
+    numbers, loss_module._TILE_NUMBERS = loss_module._TILE_NUMBERS, 5 * 24
     if name == "info_nce":
-        output = info_nce(image[share], text[share], torch.tensor(20.0), ranks)
+        output = info_nce(image[share], text[share], torch.tensor(scale), ranks)
     else:
-        output = sigmoid_loss(image[share], text[share], torch.tensor(20.0), torch.tensor(-5.0), ranks)
+        output = sigmoid_loss(image[share], text[share], torch.tensor(scale), torch.tensor(-5.0), ranks)
+    loss_module._TILE_NUMBERS = numbers
     return {name: value.tolist() for name, value in output._asdict().items()}
+
+
+PIECES = (1, 2, 4, 8, 16)
+RANDOM = {"model__image__token_drop": 0.5, "model__image__drop_path": 0.3, "train__global_batch": 64}
+
+
+def accumulated(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[int, tuple[float, str]]:
+    """Gradients of a global batch in k micro-batches per rank: the largest distance of a tensor from fp64, and whose.
+
+    Relative to the norm of the gradient of all parameters; fp64 takes the whole batch at once in this process.
+    """
+    config = tiny_config(folder, **RANDOM, **options)
+    clip = create_model(config.model, seed=0)
+    exact = {name: p.detach().double() for name, p in clip.named_parameters()}
+    loss = ContrastiveLoss(config.loss, ranks.device)
+    names = {id(p): name for name, p in clip.named_parameters()}
+    engine = create_engine(config, clip, loss, ranks)
+    engine.optimizer.grad_scale.fill_(1.0)
+    sources = open_sources(config, ranks)
+    plan = make_plan(config, sources, 64)
+
+    def micro_batches(ranks: Ranks, number: int) -> list[Batch]:
+        return next(iter(Stream(config, plan, sources, ranks, steps=1, states={}, micro_batches=number)))[0]
+
+    reference = exact_gradients(config, exact, micro_batches(Ranks(), 1)[0])
+    total = math.sqrt(sum(float(grad.square().sum()) for grad in reference.values()))
+    found = {}
+    for pieces in [k for k in PIECES if k * ranks.world_size <= 64]:
+        forward_backward(engine, loss, micro_batches(ranks, pieces), ranks)
+        distances = []
+        for parameter, master in zip(clip.parameters(), masters_of(engine, clip), strict=True):
+            name = names[id(parameter)]
+            grad = engine_gradient(master, ranks, options).double().view(reference[name].shape)
+            distances.append((float((grad - reference[name]).norm()) / total, name))
+        found[pieces] = max(distances)
+        engine.step(0.0, torch.tensor(math.nan))  # throws the gradient away
+    return found
+
+
+def exact_gradients(config: RunConfig, weights: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+    """Gradients of a batch by plain autograd of the naive loss in fp64."""
+    clip = create_model(config.model, seed=0).double()
+    clip.load_state_dict(weights)
+    features = clip(batch.images, batch.text, batch.seeds)
+    if config.loss.name == "sigmoid":
+        logits = config.loss.logit_scale * features.image @ features.text.T + config.loss.logit_bias
+        value = -F.logsigmoid((2 * torch.eye(len(logits)) - 1) * logits).sum() / len(logits)
+    else:
+        logits, labels = config.loss.logit_scale * features.image @ features.text.T, torch.arange(len(batch.images))
+        value = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    names, parameters = zip(*clip.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(value, parameters), strict=True))
+
+
+def engine_gradient(parameter: torch.Tensor, ranks: Ranks, options: dict[str, Any]) -> torch.Tensor:
+    """The whole gradient of a parameter, added up over ranks, before an engine's step."""
+    if "engine__name" in options:
+        return safe_get_full_grad(parameter).detach() * ranks.world_size  # DeepSpeed averages
+    return ranks.sum(parameter.grad.clone())
 
 
 def batches(ranks: Ranks, folder: Path, *, source: dict[str, Any], workers: int) -> list[list[str]]:
@@ -211,34 +307,84 @@ def _unpacked(ids: list[int], restore: list[int], bounds: list[int]) -> list[lis
     return [ids[bounds[place] : bounds[place + 1]] for place in restore]
 
 
-def bad_step(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str, Any]:
-    """One good step, then one in which the last rank's gradient is NaN: what changes?"""
+POISONS = ("gradient", "loss", "image", "parameter")
+
+
+def bad_steps(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[str, Any]:
+    """A good step, one with each poison on the last rank, a good one: what changes, and who is blamed?"""
     config = tiny_config(folder, **options)
-    clip = create_model(config.model, seed=0)
+    ranks = _Untrustworthy(ranks.rank, ranks.world_size)
+    bad_rank = ranks.rank == ranks.world_size - 1
     loss = ContrastiveLoss(config.loss, ranks.device)
-    engine = create_engine(config, clip, loss, ranks)
+    engine = create_engine(config, create_model(config.model, seed=0), loss, ranks)
+    optimizer = engine.optimizer
+    if config.train.precision == "fp16":
+        optimizer.grad_scale.fill_(1024.0)  # the tiny towers overflow at the one that it starts with
+    anomalies = Anomalies(engine.towers.clip, optimizer)
     sources = open_sources(config, ranks)
-    stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=3, states={})
-    seen = []
-    for step, ((batch,), _) in enumerate(stream):
-        features = engine.forward(batch, last=True)
-        output = loss(features.image, features.text, ranks)
-        poison = math.nan if step == 1 and ranks.rank == ranks.world_size - 1 else 1.0
-        engine.backward(output.surrogate(features.image, features.text) * poison)
+    stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=6, states={}, micro_batches=2)
+    found: dict[str, Any] = {}
+    for number, (poison, (batches, _)) in enumerate(zip(("", *POISONS, "again"), stream, strict=True)):
+        target = next(piece for piece in optimizer.local_pieces() if "blocks" in piece.row.name).weight[:1]
+        kept = target.clone()
+        if poison == "image" and bad_rank:
+            image = (batches[1].images.float() / 255).index_fill_(0, torch.tensor(3), math.nan)
+            batches[1] = dataclasses.replace(batches[1], images=image)
+        if poison == "parameter":
+            if bad_rank:
+                target.fill_(math.nan)
+            engine.refresh_weights()
+        before = _bits(optimizer)
+        with torch.no_grad():
+            cached = [engine.forward(batch, last=False) for batch in batches]
+        ranks.lies = poison == "loss" and bad_rank
+        output = loss(torch.cat([f.image for f in cached]), torch.cat([f.text for f in cached]), ranks)
+        ranks.lies = False
+        for place, batch in enumerate(batches):
+            features = engine.forward(batch, last=place == 1)
+            rows = slice(place * len(batch.images), (place + 1) * len(batch.images))
+            factor = math.nan if poison == "gradient" and bad_rank and place == 1 else 1.0
+            engine.backward(output.surrogate(features.image, features.text, rows) * factor)
         engine.step(1.0, output.loss)
-        pieces = engine.optimizer.local_pieces()
-        state = [t.clone() for p in pieces for t in (p.weight, p.exp_avg, p.exp_avg_sq)]
-        seen.append((state, int(engine.optimizer.updates), int(engine.optimizer.consecutive_skips)))
-    (first, *_), (second, *_), (third, *_) = seen
-    return {
-        "unchanged": all(
-            torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(first, second, strict=True)
-        ),
-        "goes_on": any(not torch.equal(a, b) for a, b in zip(second, third, strict=True))
-        and all(t.isfinite().all() for t in third),
-        "updates": [updates for _, updates, _ in seen],
-        "skips": [skips for _, _, skips in seen],
-    }
+        anomalies.step(number, batches, output)
+        after = _bits(optimizer)
+        skipped = bool(optimizer.consecutive_skips)
+        blamed = anomalies.skipped_steps(ranks, any_skipped=skipped)
+        shares = ranks.gather_objects([list(batch.places) for batch in batches])
+        last = shares[-1][1]
+        seen = shares if "engine__name" in options else shares[-1:]  # under torch, others have a good copy
+        everywhere = [place for share in seen for places in share for place in places]
+        expected = {"image": last[3:4], "gradient": last, "loss": []}.get(poison, everywhere)
+        found[poison or "good"] = {
+            "unchanged": all(torch.equal(one, other) for one, other in zip(before, after, strict=True)),
+            "blamed": [step.cause for step in blamed],
+            "named": all(sorted(step.places) == sorted(expected) for step in blamed),
+            "updates": int(optimizer.updates),
+        }
+        if poison == "parameter":
+            target.copy_(kept)
+            engine.refresh_weights()
+    return found
+
+
+class _Untrustworthy(Ranks):
+    """Ranks of which one can be told to add NaN to the sum of the loss."""
+
+    lies = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.lies and tensor.numel() == 4:
+            tensor[0] = math.nan
+        return super().sum(tensor)
+
+
+def _bits(optimizer: Any) -> list[torch.Tensor]:
+    """Weights and moments of this rank as integers."""
+    pieces = list(optimizer.local_pieces())
+    return [t.clone().view(torch.int32) for p in pieces for t in (p.weight, p.exp_avg, p.exp_avg_sq)]
 
 
 def masters(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> bool:
@@ -323,9 +469,28 @@ def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
     return "no error"
 
 
-def all_cases(source: dict[str, Any], damaged: str, ranks_of_case: int) -> dict[str, Any]:
-    """Cases by name, for one rank or for two; what takes long and is no other on one rank runs on two."""
-    several = ranks_of_case > 1
+def all_cases(source: dict[str, Any], damaged: str, world: int) -> dict[str, Any]:
+    """Cases by name for a number of ranks: what takes long runs on two, what depends on how shares are cut on four."""
+    cases: dict[str, Any] = {}
+    for name in ("info_nce", "sigmoid"):
+        for scale in (20.0, 100.0):
+            cases[f"loss_{name}_{scale:g}"] = partial(loss_and_gradients, name=name, scale=scale)
+    for engine in ACCUMULATED[world]:
+        cases[f"accumulated_{engine}"] = partial(accumulated, options=ENGINES[engine])
+    for engine in SAME_GRADIENTS.get(world, ()):
+        cases[f"same_gradients_{engine}"] = partial(same_gradients, options=(ENGINES | OFFLOADED)[engine])
+    for engine in TRAINED[world]:
+        options = {**ENGINES[engine], "train__micro_batch": 16 // world // 4}
+        cases[f"trained_{engine}_4"] = partial(trained, source=source, options=options)
+    for engine, precision in BAD_STEPS[world]:
+        options = {**(ENGINES | OFFLOADED)[engine], "train__precision": precision}
+        cases[f"bad_steps_{engine}_{precision}"] = partial(bad_steps, options=options)
+    if world <= 2:
+        cases |= _runs(source, damaged, several=world > 1)
+    return cases
+
+
+def _runs(source: dict[str, Any], damaged: str, *, several: bool) -> dict[str, Any]:
     cases: dict[str, Any] = {
         f"losses_{engine}_{workers}": partial(losses, source=source, options={**options, "data__workers": workers})
         for engine, options in ENGINES.items()
@@ -340,24 +505,17 @@ def all_cases(source: dict[str, Any], damaged: str, ranks_of_case: int) -> dict[
         if several or engine in ("torch", "zero3"):
             chosen = {**options, **(INTERRUPTED if engine == "torch" else {**SHORT, "checkpoint__every_steps": 3})}
             cases[f"interrupted_{engine}"] = partial(interrupted, source=source, options=chosen)
-            trained_options = {**options, "train__micro_batch": 16 // ranks_of_case // 4}
-            cases[f"trained_{engine}_4"] = partial(trained, source=source, options=trained_options)
         cases[f"masters_{engine}"] = partial(masters, options=options)
-        cases[f"bad_step_{engine}"] = partial(bad_step, options=options)
     for workers in (0, 3):
         cases[f"batches_{workers}"] = partial(batches, source=source, workers=workers)
     if several:
         cases["handed_over"] = partial(handed_over, source=source)
-        for engine, options in ENGINES.items():
-            cases[f"same_gradients_{engine}"] = partial(same_gradients, options=options)
         for engine in ("torch", "zero3"):  # one makes its own check for overflow, the other does not
             fp16 = {**ENGINES[engine], "train__precision": "fp16", "optim__name": "lamb"}
             cases[f"fp16_{engine}"] = partial(losses, source=source, options=fp16)
     else:
         cases["losses_constant"] = partial(losses, source=source, options={**CONSTANT, "train__steps": 30})
         cases["trained_torch_1"] = partial(trained, source=source, options={})
-    for name in ("info_nce", "sigmoid"):
-        cases[f"loss_{name}"] = partial(loss_and_gradients, name=name)
     cases["stop_request"] = stop_request
     cases["terminated"] = terminated
     cases["failed_write"] = failed_write

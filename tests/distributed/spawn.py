@@ -8,6 +8,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def _rank(rank: int, world_size: int, port: int, cases: dict[str, Case], folder:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # a case that fails on one rank ends the others
     ranks = Ranks(rank, world_size)
     results: dict[str, Any] = {}
     for name, case in cases.items():

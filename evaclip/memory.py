@@ -1,0 +1,300 @@
+"""What a step needs in memory: estimates from shapes alone, and the largest micro-batch that fits, found by measuring.
+
+Sizes are bytes of one rank. Estimates run the towers on tensors without storage, so they take no memory and no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from evaclip.accumulation import num_micro_batches
+from evaclip.config import DeepSpeedEngineConfig, ModelConfig, RunConfig, TrainConfig
+from evaclip.config_file import parse_yaml
+from evaclip.data.batch import PackedText
+from evaclip.engine.prepare import prepare
+from evaclip.errors import ConfigError
+from evaclip.models.clip import CLIP
+
+_GIB = 2**30
+_SAFE = 0.9  # share of the memory that is planned with; fragmentation and what no estimate knows take the rest
+_BUCKET = 500_000_000  # numbers in the buffer through which DeepSpeed reduces gradients, whatever the model's size
+_GATHERED = 1_000_000_000  # most parameters that ZeRO-3 holds whole at once
+
+
+class StateBytes(NamedTuple):
+    """What a rank holds whatever its micro-batch, in bytes."""
+
+    weights: float
+    """With masters, and with the copies that autocast and ZeRO-3 make of them."""
+    gradients: float
+    """With DeepSpeed's bucket: 1 or 2 GB."""
+    optimizer: float
+    """Both moments, fp32."""
+
+
+def state_bytes(num_parameters: int, config: RunConfig, world_size: int) -> StateBytes:
+    """Weights, gradients and moments on one rank's device during the backward of a step.
+
+    Autocast keeps 16-bit copies of the weights in the graph. The torch engine replicates everything. ZeRO keeps an
+    fp32 master of this rank's share at all stages, also of weights that are fp32 already; stage 1 keeps whole
+    gradients in the weights' dtype until they are reduced, stages 2 and 3 this rank's share in fp32; stage 3 keeps up
+    to 1e9 gathered parameters beside its share. ``engine.offload_optimizer`` moves masters and moments to the host.
+
+    Left out: the optimizer's constant buffer; 16-bit gradients of the torch engine, which come as activations go; what
+    ZeRO copies for a moment in reduction and step, and ZeRO-2 where it adds up fp32 micro-batches; fragmentation.
+    """
+    whole, share, engine = num_parameters, num_parameters / world_size, config.engine
+    sixteen_bit = config.train.precision == "bf16_weights"
+    stored = 2 if sixteen_bit else 4
+    copies = 2 * whole if config.train.precision in ("bf16", "fp16") else 0
+    if not isinstance(engine, DeepSpeedEngineConfig):
+        return StateBytes((6 if sixteen_bit else 4) * whole + copies, 4 * whole, 8 * whole)
+    stage, here = engine.zero_stage, not engine.offload_optimizer
+    weights = stored * (share + min(whole, _GATHERED) if stage == 3 else whole) + 4 * share * here + copies
+    gradients = stored * whole if stage == 1 else 4 * share * here
+    return StateBytes(weights, gradients + (4 if stage == 3 else stored) * _BUCKET, 8 * share * here)
+
+
+def activation_bytes(
+    model: ModelConfig, train: TrainConfig, caption_tokens: int | None = None, *, on_gpu: bool = True
+) -> float:
+    """What autograd keeps of one sample between forward and backward, with patches dropped as in training.
+
+    Counted in forwards of towers with one block and with two, since the blocks of a tower are alike. With activation
+    checkpointing the largest block is added, which backward computes again. ``train.compile`` is not looked at.
+    Captions have ``caption_tokens``; None: the whole context, the worst case. ``on_gpu`` matters under autocast, which
+    normalises in fp32 there and in 16 bits on CPUs.
+    """
+    tokens = caption_tokens or model.text.context_length
+
+    def kept(checkpointing: bool) -> tuple[float, float, float]:
+        """Of towers with one block each, of one more image block, of one more text block."""
+        count = functools.partial(_per_sample, cast("Any", model), train.precision, checkpointing, tokens, on_gpu)
+        least = count(1, 1)
+        return least, count(2, 1) - least, count(1, 2) - least
+
+    least, image, text = kept(train.activation_checkpointing)
+    total = least + (model.image.depth - 1) * image + (model.text.depth - 1) * text
+    return total + max(kept(False)[1:]) if train.activation_checkpointing else total
+
+
+@functools.lru_cache
+def _per_sample(
+    model: ModelConfig, precision: Any, checkpointing: bool, tokens: int, on_gpu: bool, *depths: int
+) -> float:
+    """Bytes that autograd keeps of a sample in towers of these depths; copies of weights drop out."""
+    train = TrainConfig(steps=1, global_batch=2, precision=precision, activation_checkpointing=checkpointing)
+    towers = zip(("image", "text"), (model.image, model.text), depths, strict=True)
+    shallow = model.model_copy(update={name: tower.model_copy(update={"depth": n}) for name, tower, n in towers})
+    return (_saved_bytes(shallow, train, tokens, on_gpu, 4) - _saved_bytes(shallow, train, tokens, on_gpu, 2)) / 2
+
+
+def _saved_bytes(model: ModelConfig, train: TrainConfig, tokens: int, on_gpu: bool, samples: int) -> int:
+    """All that a forward saves for backward, each storage once, without parameters; nothing is allocated."""
+    with torch.device("meta"):
+        towers = prepare(CLIP(model), train, torch.device("cpu"))
+    text, side = PackedText.pack([[0] * tokens] * samples), model.image.image_size
+    saved: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage  # held, so that no other takes its address
+        return tensor
+
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        state = dict(towers.named_parameters()) | dict(towers.named_buffers())
+        weights = {n: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for n, t in state.items()}
+        images = torch.empty(samples, 3, side, side, dtype=torch.uint8)
+        if on_gpu and towers.autocast_dtype is not None:
+            stack.enter_context(_Fp32Norms())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        functional_call(towers, weights, (images, text, torch.empty(samples, dtype=torch.int64)))
+    own = {weight.untyped_storage()._cdata for weight in weights.values()}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
+class _Fp32Norms(TorchFunctionMode):
+    """LayerNorm as CUDA's autocast has it: in fp32, of a copy where the input is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.layer_norm:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that a device or the host had no memory left."""
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    refused = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def advice(config: RunConfig, world_size: int, *, on_gpu: bool = True, caption_tokens: int | None = None) -> list[str]:
+    """Changes that would make a step smaller, each with what it alone saves on a rank; what saves most comes first."""
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in CLIP(config.model).parameters())
+
+    def need(run: RunConfig) -> float:
+        per_sample = activation_bytes(run.model, run.train, caption_tokens, on_gpu=on_gpu)
+        return sum(state_bytes(num_parameters, run, world_size)) + per_sample * _largest(run, world_size)
+
+    now = need(config)
+    found: dict[str, tuple[float, str]] = {}
+    for change, old, note in _changes(config, world_size, on_gpu=on_gpu):
+        key = change.partition("=")[0]
+        changed = None if key in found else _changed(config, change, world_size)
+        saved = (now - need(changed)) / _GIB if changed else 0.0
+        if saved >= 0.05:
+            found[key] = saved, f"{change} (now {old}) saves about {saved:.1f} GiB{note}"
+    return [line for _, line in sorted(found.values(), reverse=True)]
+
+
+def _changes(config: RunConfig, world_size: int, *, on_gpu: bool) -> Iterator[tuple[str, object, str]]:
+    """Changes that may help, present values and remarks; of one key the first that saves anything is enough."""
+    train, drop, engine = config.train, config.model.image.token_drop, config.engine
+    samples = _largest(config, world_size)
+    yield f"train.micro_batch={-(-samples // 2)}", samples, ""
+    if not train.activation_checkpointing:
+        yield "train.activation_checkpointing=true", "false", ""
+    if drop < 0.75:
+        yield "model.image.token_drop=0.75", drop, "; this one changes the training"
+    if train.precision == "fp32" and on_gpu:
+        yield "train.precision=bf16", "fp32", ""
+    now = engine.zero_stage if isinstance(engine, DeepSpeedEngineConfig) else 0
+    for stage in range(now + 1, 4) if world_size > 1 else ():
+        yield f"{'' if now else 'engine.name=deepspeed '}engine.zero_stage={stage}", now or "torch", ""
+    if isinstance(engine, DeepSpeedEngineConfig) and on_gpu and not engine.offload_optimizer:
+        yield "engine.offload_optimizer=true", "false", "; slower"
+
+
+def _largest(config: RunConfig, world_size: int) -> int:
+    """Samples of the largest micro-batch; one for ``auto``, which takes no more than fit."""
+    if config.train.micro_batch == "auto":
+        return 1
+    return -(-config.train.global_batch // (world_size * num_micro_batches(config.train, world_size)))
+
+
+def _changed(config: RunConfig, change: str, world_size: int) -> RunConfig | None:
+    """The configuration after ``section.key=value ...``; None where that would be refused."""
+    tree = config.model_dump()
+    for item in change.split():
+        dotted, _, value = item.partition("=")
+        *parents, leaf = dotted.split(".")
+        functools.reduce(lambda place, key: place[key], parents, tree)[leaf] = parse_yaml(value)
+    try:
+        run = RunConfig.model_validate(tree)
+    except ValidationError:
+        return None
+    several = num_micro_batches(run.train, world_size) > 1
+    zero1 = isinstance(run.engine, DeepSpeedEngineConfig) and run.engine.zero_stage == 1
+    return None if several and zero1 and run.train.precision == "bf16_weights" else run  # it would add up in 16 bits
+
+
+def largest_micro_batch(
+    share: int,
+    measure: Callable[[int], float],
+    budget: float,
+    *,
+    growth: float = float("inf"),
+    remedies: Callable[[], Sequence[str]] = tuple,
+) -> int:
+    """Samples of a micro-batch such that the share is taken in the fewest equal pieces that fit.
+
+    Sizes 1, 2, 4, ... are measured, each only if the line through the two before says that it fits: nothing but the
+    first can run out of memory. All ranks must be given equal budgets and measurements: the smallest, the largest.
+
+    Args:
+        share: Samples of this rank in a step.
+        measure: Samples -> peak bytes of a forward and backward.
+        budget: Bytes that may be used.
+        growth: Bytes that the second sample takes at most, by an estimate; without one as many as the first with all
+            weights, so that nothing more is tried where these fill half of the budget.
+        remedies: What to do if not even one sample fits, for the message.
+
+    Raises:
+        ConfigError: Not one sample fits.
+    """
+    first = measure(1)
+    if first > budget:
+        sizes = f"one sample at a time takes {first / _GIB:.2f} GiB, and {budget / _GIB:.2f} GiB may be used"
+        lines = remedies()
+        remedy = "change one of these:" if lines else "use a larger machine or a smaller model"
+        raise ConfigError("\n  ".join([f"{sizes}; {remedy}", *lines]))
+    points = [(0, max(0.0, first - growth)), (1, first)]
+
+    def forecast(samples: int) -> float:
+        (before, less), (last, most) = points[-2:]
+        return most + (most - less) / (last - before) * (samples - last)
+
+    while (size := 2 * points[-1][0]) <= share and forecast(size) <= budget:
+        points.append((size, measure(size)))
+    pieces = 1
+    while (size := -(-share // pieces)) > points[-1][0] and forecast(size) > budget:
+        pieces += 1
+    return size
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start ``peak_bytes`` anew; on a GPU, torch's own peak statistics."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): VmHWM begins at VmRSS
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most that this process held since ``reset_peak``: allocated by torch on a GPU, resident on a CPU.
+
+    Where the system does not reset its high-water mark, that since the process began: larger, never smaller.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    since_start = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _table(Path("/proc/self/status")).get("VmHWM", since_start)
+
+
+def available_bytes(device: torch.device, processes_on_this_machine: int = 1, root: Path = Path("/")) -> float:
+    """What this process may hold, on the scale of ``peak_bytes``: nine tenths of what it has and what is free to it.
+
+    A GPU is taken to be this process's alone; ranks on CPUs share what the host or its control group has free.
+    """
+    if device.type == "cuda":
+        return _SAFE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    free = min([_table(root / "proc/meminfo")["MemAvailable"], *_control_group_room(root)])
+    return _SAFE * (_table(root / "proc/self/status")["VmRSS"] + free / processes_on_this_machine)
+
+
+def _table(path: Path) -> dict[str, float]:
+    """Bytes by name, of the lines that count kilobytes."""
+    rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return {row[0].rstrip(":"): 1024.0 * int(row[1]) for row in rows if row[2:] == ["kB"]}
+
+
+def _control_group_room(root: Path) -> Iterator[float]:
+    """Bytes up to the limit of each control group of this process; file cache gives way and is not counted."""
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        names, mount = ("max", "current", "inactive_file"), root / "sys/fs/cgroup"
+        if controllers:  # version 1, where a group of another controller has no such files
+            names, mount = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), mount / controllers
+        group = Path(path.strip("/"))
+        for folder in (mount / place for place in (group, *group.parents)):
+            with suppress(OSError, ValueError):  # not there, or "max"
+                most, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in names[:2])
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+                yield most - used + int(stat.get(names[2], 0))
