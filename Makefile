@@ -1,11 +1,11 @@
-# make demo | test | check | format: everything runs in the virtual environment .venv, which is made when it is missing.
+# make demo | test | exactness | check | format: everything runs in the virtual environment .venv, which is made when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One thread per process: torch's threads get into the way of the workers' and of each other on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test exactness check lint format clean
 
 $(BIN)/activate:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/pytest
+
+# The full matrix, about an hour on two cores; writes the tables of docs/comparison.md.
+exactness: $(VENV)/.dev
+	$(BIN)/python tools/make_demo_data.py data/demo
+	EVACLIP_WRITE_TABLES=1 $(BIN)/pytest -m matrix
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -4,9 +4,10 @@
 later and in parts. ``ContrastiveLoss`` adds the temperature, the one parameter that belongs to the loss.
 
 Communication per step, with W ranks of b samples and D channels, B = W b: text features are gathered (b D numbers sent
-by each rank), their gradients come back by reduce-scatter, and four vectors of B or fewer numbers are all-reduced:
-column maxima, column sums, scale gradient with the loss, and the count of correct columns. On one rank nothing is sent.
-A ring exchange would replace the gather where B x D numbers no longer fit beside the towers.
+by each rank), their gradients come back by reduce-scatter, and three vectors of B or fewer numbers are all-reduced:
+column maxima, column sums, and loss, scale gradient and counts of what is right together. On one rank nothing is sent.
+A ring exchange, instead of ``gather_rows`` and ``sum_own_rows``, would pay where gathered features and
+their gradients, 8 B D bytes, no longer fit beside the towers: 0.5 GiB at B = 65,536 and D = 1024, 8 GiB at a million.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from evaclip.config import LossConfig
     from evaclip.distributed import Ranks
 
-_TILE_NUMBERS = 1 << 22  # of one tile of logits: 16 MiB in fp32
+_TILE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Of one square tile of logits: 4 MiB in fp32, near the size of a processor's cache; 128 MiB, few launches."""
 
 
 class LossOutput(NamedTuple):
@@ -68,7 +70,7 @@ def info_nce(
     """Symmetric InfoNCE (arXiv:2103.00020, figure 3) of normalised features.
 
     With logits z = scale * image @ text.T and B pairs, loss = sum_i (row_lse_i + column_lse_i - 2 z_ii) / 2B. A first
-    sweep over tiles of rows forms both log-sum-exps, a second one forms the tiles again for
+    sweep over square tiles forms both log-sum-exps, a second one forms the tiles again for
     dz = (exp(z - row_lse) + exp(z - column_lse) - 2 I) / 2B.
 
     Args:
@@ -81,38 +83,36 @@ def info_nce(
     batch, total = len(image), len(image) * ranks.world_size
     all_text = ranks.gather_rows(text)
     first = ranks.rank * batch  # column of this rank's first pair
-    diagonal = scale * (image * text).sum(1)
 
-    row_lse, row_max, column_max = image.new_empty(batch), image.new_empty(batch), image.new_full((total,), -math.inf)
-    column_sum = image.new_zeros(total)
-    for rows, logits in _tiles(image, all_text, scale):
-        row_max[rows] = logits.amax(1)
-        row_lse[rows] = logits.logsumexp(1)
-        maximum = torch.maximum(column_max, logits.amax(0))
-        column_sum = column_sum * (column_max - maximum).exp() + (logits - maximum).exp().sum(0)
-        column_max = maximum
+    matched, row_max, row_sum = image.new_empty(batch), image.new_full((batch,), -math.inf), image.new_zeros(batch)
+    column_max, column_sum = image.new_full((total,), -math.inf), image.new_zeros(total)
+    for rows, columns, logits, free in _tiles(image, all_text, scale):
+        pairs, diagonal = _pairs(rows, columns, logits, first)
+        matched[pairs] = diagonal
+        for maxima, sums, at, dim in ((row_max, row_sum, rows, 1), (column_max, column_sum, columns, 0)):
+            maximum = torch.maximum(maxima[at], logits.amax(dim))
+            added = torch.sub(logits, maximum.unsqueeze(dim), out=free).exp_().sum(dim)
+            sums[at] = sums[at] * (maxima[at] - maximum).exp() + added
+            maxima[at] = maximum
+    row_lse = row_max + row_sum.log()
     maximum = ranks.max(column_max.clone())
     column_lse = maximum + ranks.sum(column_sum * (column_max - maximum).exp()).log()
 
-    own = slice(first, first + batch)
-    image_grad, all_text_grad = torch.empty_like(image), torch.zeros_like(all_text)
-    scale_grad = image.new_zeros(())
-    correct_rows = correct_columns = image.new_zeros(())
-    for rows, logits in _tiles(image, all_text, scale):
-        grad = (logits - row_lse[rows, None]).exp_() + (logits - column_lse).exp_()
-        places = torch.arange(first + rows.start, first + rows.stop, device=image.device)
-        matched = logits.gather(1, places[:, None])[:, 0]
-        correct_rows = correct_rows + (matched >= row_max[rows]).sum()
-        correct_columns = correct_columns + (matched >= maximum[places]).sum()
-        grad.scatter_add_(1, places[:, None], grad.new_full((len(places), 1), -2.0))
-        grad /= 2 * total
-        scale_grad = scale_grad + (grad * logits).sum()
-        image_grad[rows] = scale * grad @ all_text
-        all_text_grad.addmm_(grad.T, image[rows])
-    text_grad = scale * ranks.sum_own_rows(all_text_grad)
+    image_grad, all_text_grad = torch.zeros_like(image), torch.zeros_like(all_text)
+    for rows, columns, logits, free in _tiles(image, all_text, scale):
+        torch.sub(logits, column_lse[columns], out=free).exp_()
+        grad = logits.sub_(row_lse[rows, None]).exp_().add_(free)
+        _pairs(rows, columns, grad, first)[1].sub_(2)
+        image_grad[rows].addmm_(grad, all_text[columns])
+        all_text_grad[columns].addmm_(grad.T, image[rows])
+    image_grad *= scale / (2 * total)
+    text_grad = ranks.sum_own_rows(all_text_grad).mul_(scale / (2 * total))
+    scale_grad = (image_grad * image).sum()  # sum of dz_ij z_ij
 
-    loss = (row_lse + column_lse[own] - 2 * diagonal).sum() / (2 * total)
-    sums = ranks.sum(torch.stack([loss, scale_grad, correct_rows / total, correct_columns / total]))
+    own = slice(first, first + batch)
+    loss = (row_lse + column_lse[own] - 2 * matched).sum() / (2 * total)
+    correct = torch.stack([(matched >= row_max).sum(), (matched >= maximum[own]).sum()]) / total
+    sums = ranks.sum(torch.cat([torch.stack([loss, scale_grad]), correct]))
     no_bias = torch.zeros_like(sums[1])
     return LossOutput(sums[0], image_grad, text_grad, sums[1], no_bias, sums[2], sums[3], _finite(image, text))
 
@@ -142,25 +142,25 @@ def sigmoid_loss(
     all_text = ranks.gather_rows(text)
     first = ranks.rank * batch
 
-    image_grad, all_text_grad = torch.empty_like(image), torch.zeros_like(all_text)
-    matched, row_max, column_max = image.new_empty(batch), image.new_empty(batch), image.new_full((total,), -math.inf)
-    loss, scale_grad, bias_grad = torch.zeros(3, dtype=torch.float64, device=image.device)
-    for rows, logits in _tiles(image, all_text, scale):
-        places = torch.arange(first + rows.start, first + rows.stop, device=image.device)[:, None]
-        matched[rows], row_max[rows] = logits.gather(1, places)[:, 0], logits.amax(1)
-        column_max = torch.maximum(column_max, logits.amax(0))
-        signed = (logits + bias).scatter_(1, places, -(matched[rows, None] + bias))  # -y z
+    image_grad, all_text_grad = torch.zeros_like(image), torch.zeros_like(all_text)
+    matched, row_max, column_max = (image.new_full((n,), -math.inf) for n in (batch, batch, total))
+    loss, bias_grad = torch.zeros(2, dtype=torch.float64, device=image.device)
+    for rows, columns, logits, free in _tiles(image, all_text, scale):
+        pairs, diagonal = _pairs(rows, columns, logits, first)
+        matched[pairs] = diagonal
+        row_max[rows] = torch.maximum(row_max[rows], logits.amax(1))
+        column_max[columns] = torch.maximum(column_max[columns], logits.amax(0))
+        signed = torch.add(logits, bias, out=free)  # -y z
+        _pairs(rows, columns, signed, first)[1].neg_()
         loss = loss + F.softplus(signed).sum(1).double().sum()
         grad = signed.sigmoid_()
-        grad.scatter_(1, places, -grad.gather(1, places))
-        grad /= total
-        scale_grad, bias_grad = (
-            scale_grad + (grad * logits).sum(1).double().sum(),
-            bias_grad + grad.sum(1).double().sum(),
-        )
-        image_grad[rows] = scale * grad @ all_text
-        all_text_grad.addmm_(grad.T, image[rows])
-    text_grad = scale * ranks.sum_own_rows(all_text_grad)
+        _pairs(rows, columns, grad, first)[1].neg_()
+        bias_grad = bias_grad + grad.sum(1).double().sum()
+        image_grad[rows].addmm_(grad, all_text[columns])
+        all_text_grad[columns].addmm_(grad.T, image[rows])
+    image_grad *= scale / total
+    text_grad = ranks.sum_own_rows(all_text_grad).mul_(scale / total)
+    scale_grad, bias_grad = (image_grad * image).sum(1).double().sum(), bias_grad / total
 
     column_max = ranks.max(column_max)[first : first + batch]
     correct = torch.stack([(matched >= row_max).sum(), (matched >= column_max).sum()])
@@ -174,12 +174,30 @@ def _finite(image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"])
 
 def _tiles(
     image: Float[Tensor, "batch dim"], text: Float[Tensor, "total dim"], scale: Float[Tensor, ""]
-) -> Iterator[tuple[slice, Float[Tensor, "rows total"]]]:
-    """Rows of logits, a bounded number of them at a time."""
-    rows = max(1, _TILE_NUMBERS // len(text))
-    for start in range(0, len(image), rows):
-        tile = slice(start, min(start + rows, len(image)))
-        yield tile, scale * (image[tile] @ text.T)
+) -> Iterator[tuple[slice, slice, Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]]]:
+    """Square tiles of logits, each with as much free memory; the next tile overwrites both."""
+    side = max(1, math.isqrt(_TILE_NUMBERS[image.device.type]))
+    memory = image.new_empty(2, min(side, len(image)) * min(side, len(text)))
+    for top in range(0, len(image), side):
+        rows = slice(top, min(top + side, len(image)))
+        scaled = scale * image[rows]
+        for left in range(0, len(text), side):
+            columns = slice(left, min(left + side, len(text)))
+            shape = rows.stop - top, columns.stop - left
+            logits, free = (part[: math.prod(shape)].view(shape) for part in memory)
+            yield rows, columns, torch.mm(scaled, text[columns].T, out=logits), free
+
+
+def _pairs(
+    rows: slice, columns: slice, tile: Float[Tensor, "rows columns"], first: int
+) -> tuple[slice, Float[Tensor, " pairs"]]:
+    """The rows whose pairs lie in a tile, and a view of these; ``first`` is the column of row 0's pair."""
+    offset = first + rows.start - columns.start
+    begin = max(0, -offset)
+    if not -len(tile) < offset < tile.shape[1]:
+        return slice(0, 0), tile[:0, 0]
+    diagonal = tile.diagonal(offset)
+    return slice(rows.start + begin, rows.start + begin + len(diagonal)), diagonal
 
 
 class Similarity(NamedTuple):

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,23 +82,24 @@ def activation_bytes(
 
     def kept(checkpointing: bool) -> tuple[float, float, float]:
         """Of towers with one block each, of one more image block, of one more text block."""
-        count = functools.partial(_per_sample, cast("Any", model), train.precision, checkpointing, tokens, on_gpu)
-        least = count(1, 1)
-        return least, count(2, 1) - least, count(1, 2) - least
+        key: Any = (model, train.precision, checkpointing, tokens, on_gpu)  # frozen models are hashable
+        least = _per_sample(*key, 1, 1)
+        return least, _per_sample(*key, 2, 1) - least, _per_sample(*key, 1, 2) - least
 
     least, image, text = kept(train.activation_checkpointing)
     total = least + (model.image.depth - 1) * image + (model.text.depth - 1) * text
     return total + max(kept(False)[1:]) if train.activation_checkpointing else total
 
 
-@functools.lru_cache
+@functools.cache
 def _per_sample(
-    model: ModelConfig, precision: Any, checkpointing: bool, tokens: int, on_gpu: bool, *depths: int
+    model: ModelConfig, precision: str, checkpointing: bool, tokens: int, on_gpu: bool, *depths: int
 ) -> float:
     """Bytes that autograd keeps of a sample in towers of these depths; copies of weights drop out."""
-    train = TrainConfig(steps=1, global_batch=2, precision=precision, activation_checkpointing=checkpointing)
     towers = zip(("image", "text"), (model.image, model.text), depths, strict=True)
     shallow = model.model_copy(update={name: tower.model_copy(update={"depth": n}) for name, tower, n in towers})
+    options = {"precision": precision, "activation_checkpointing": checkpointing}
+    train = TrainConfig.model_validate({"steps": 1, "global_batch": 2, **options})
     return (_saved_bytes(shallow, train, tokens, on_gpu, 4) - _saved_bytes(shallow, train, tokens, on_gpu, 2)) / 2
 
 

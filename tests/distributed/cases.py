@@ -218,15 +218,15 @@ def loss_pairs(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_and_gradients(ranks: Ranks, folder: Path, *, name: str, scale: float) -> dict[str, Any]:
-    """A loss of 24 pairs split over the ranks, in tiles of 5 rows, which divide no rank's share."""
+    """A loss of 24 pairs split over the ranks, in tiles of 5 x 5, which divide no rank's share."""
     image, text = loss_pairs(scale)
     share = slice(ranks.rank * 24 // ranks.world_size, (ranks.rank + 1) * 24 // ranks.world_size)
-    numbers, loss_module._TILE_NUMBERS = loss_module._TILE_NUMBERS, 5 * 24
+    numbers, loss_module._TILE_NUMBERS["cpu"] = loss_module._TILE_NUMBERS["cpu"], 5 * 5
     if name == "info_nce":
         output = info_nce(image[share], text[share], torch.tensor(scale), ranks)
     else:
         output = sigmoid_loss(image[share], text[share], torch.tensor(scale), torch.tensor(-5.0), ranks)
-    loss_module._TILE_NUMBERS = numbers
+    loss_module._TILE_NUMBERS["cpu"] = numbers
     return {name: value.tolist() for name, value in output._asdict().items()}
 
 
