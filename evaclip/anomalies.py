@@ -3,6 +3,8 @@
 Notes are taken on the device and cost a few small kernels; they are read when metrics are published, and only then does
 anything wait. A sample with a feature that is not finite is to blame for its step. Where all features are finite, the
 samples of a micro-batch are whose backward reached the towers' position embeddings with a gradient that was not.
+
+Running values begin anew when a run continues: they decide nothing but what the log says.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class Report:
             values[f"data/passes/{name}"] = entry.passes
             values[f"data/delivered/{name}"] = entry.delivered
             values[f"data/skipped/{name}"] = sum(entry.skipped.values())
-        with agreed(run.ranks), writing("metrics.jsonl"):
+        with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
                 self._tell_skips(accounts)

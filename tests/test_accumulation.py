@@ -66,3 +66,17 @@ def test_dropped_patches_and_paths_make_a_difference():
     plain = gradients(InfoNceConfig(), 1, model__image__token_drop=0.0)[0]
     assert gradients(InfoNceConfig(), 1, model__image__token_drop=0.5)[0] != plain
     assert gradients(InfoNceConfig(), 1, model__image__token_drop=0.0, model__image__drop_path=0.3)[0] != plain
+
+
+def test_only_key_biases_have_no_gradient_by_construction():
+    """A bias of all keys adds one number to all scores of a query, which softmax takes out; only the text has one."""
+    grads = gradients(InfoNceConfig(), 1)[1]
+    zero = {name for name, grad in grads.items() if grad.norm() <= 1e-12}
+    assert zero == set()
+    for name in [name for name in grads if name.endswith("attn.qkv.bias")]:
+        query, key, value = grads[name].chunk(3)
+        assert key.norm() <= 1e-14 * grads[name].norm()
+        assert min(query.norm(), value.norm()) > 1e-6
+    assert {name for name in grads if name.endswith("attn.qkv.bias")} == {
+        f"text.blocks.{n}.attn.qkv.bias" for n in (0, 1)
+    }

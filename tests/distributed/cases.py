@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
+from exactness.peer_losses import bytes_sent
 from tiny import SYNTHETIC
 from tiny import tiny_config as wider_config
 
@@ -509,6 +510,7 @@ def _runs(source: dict[str, Any], damaged: str, *, several: bool) -> dict[str, A
     for workers in (0, 3):
         cases[f"batches_{workers}"] = partial(batches, source=source, workers=workers)
     if several:
+        cases["bytes"] = bytes_sent
         cases["handed_over"] = partial(handed_over, source=source)
         for engine in ("torch", "zero3"):  # one makes its own check for overflow, the other does not
             fp16 = {**ENGINES[engine], "train__precision": "fp16", "optim__name": "lamb"}

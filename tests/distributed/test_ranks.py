@@ -213,6 +213,14 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(results, world, scale, 
         assert rank["text_to_image"] == pytest.approx((logits.argmax(0) == labels).float().mean().item())
 
 
+def test_the_loss_sends_half_of_what_open_clips_sends(results):
+    for rank in of(results, 2, "bytes"):
+        rows = 256 * 512 * 4
+        assert rank["open_clip"] == 4 * rows  # images and texts there, and their gradients back
+        # texts there and back; two vectors of 512 and one of 4 numbers
+        assert rank["evaclip"] == 2 * rows + (2 * 512 + 4) * 4 <= 0.52 * rank["open_clip"]
+
+
 @pytest.mark.parametrize(("world", "combination"), chosen(BAD_STEPS))
 def test_what_is_not_finite_on_one_rank_leaves_every_rank_unchanged_and_is_named(results, combination, world):
     engine, precision = combination
