@@ -24,8 +24,9 @@ demo: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh 2 configs/demo.yaml
 	$(BIN)/python tools/report.py runs/demo --require digits.top1=0.97 --require scenes_unseen.top1=0.50
 
+# Two at a time: the distributed tests wait a lot for one another's ranks.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The full matrix, about an hour on two cores; writes the tables of docs/comparison.md.
 exactness: $(VENV)/.dev

@@ -38,6 +38,7 @@ setup(
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "dev": [
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "open_clip_torch>=3.2",
             "transformers>=4.50",

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from evaclip.config import DeepSpeedEngineConfig
+
 if TYPE_CHECKING:
-    from evaclip.config import TrainConfig
+    from evaclip.config import RunConfig, TrainConfig
     from evaclip.data.batch import Batch
     from evaclip.distributed import Ranks
     from evaclip.engine.protocol import Engine
@@ -26,6 +28,12 @@ def num_micro_batches(config: TrainConfig, world_size: int) -> int:
     """Pieces in which a rank takes its share; with ``auto``, which a trial decides, one."""
     share = max(1, config.global_batch // world_size)
     return -(-share // (config.micro_batch if isinstance(config.micro_batch, int) else share))
+
+
+def adds_up_in_16_bits(config: RunConfig, pieces: int) -> bool:
+    """Whether so many micro-batches would give another gradient: ZeRO-1 adds up those of 16-bit weights in 16 bits."""
+    zero1 = isinstance(config.engine, DeepSpeedEngineConfig) and config.engine.zero_stage == 1
+    return pieces > 1 and zero1 and config.train.precision == "bf16_weights"
 
 
 def forward_backward(engine: Engine, loss: ContrastiveLoss, micro_batches: Sequence[Batch], ranks: Ranks) -> LossOutput:

@@ -41,8 +41,8 @@ class SkippedStep(NamedTuple):
     loss: float
     grad_norm: float
     cause: str
-    """``feature`` or ``gradient``: where a number that is not finite was seen first; ``sum`` where only adding up gave
-    one."""
+    """``feature`` or ``gradient``: where a number that is not finite was seen first; ``sum`` where neither a feature
+    nor the gradient of a position embedding had one."""
     places: list[Place]
     """The samples to blame, of all ranks; those of the whole micro-batch for a gradient, none for a sum."""
 
@@ -104,17 +104,13 @@ class Anomalies:
         self._worst.zero_()
         return found
 
-    def skipped_steps(self, ranks: Ranks, *, any_skipped: bool) -> list[SkippedStep]:
-        """The skipped steps since the last call, equal on all ranks.
-
-        Args:
-            ranks: The peers.
-            any_skipped: Whether there are any; where not, nothing is communicated.
-        """
+    def skipped_steps(self, ranks: Ranks) -> list[SkippedStep]:
+        """The skipped steps since the last call, equal on all ranks; communicates only where there are any."""
         notes, self._notes = self._notes, []
-        if not any_skipped:
+        flags = torch.stack([note.skipped for note in notes]).tolist() if notes else []
+        own = [note for note, skipped in zip(notes, flags, strict=True) if skipped]
+        if not own:
             return []
-        own = [note for note in notes if note.skipped]
         gathered = ranks.gather_objects([_to_blame(note) for note in own])
         steps: list[SkippedStep] = []
         for note, *of_ranks in zip(own, *gathered, strict=True):

@@ -72,6 +72,8 @@ class RunState:
     meter: dict[str, Any]
     """Running sums of metrics since the last row."""
     versions: dict[str, str]
+    consecutive_skips: int = 0
+    """Updates skipped since the last applied one."""
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

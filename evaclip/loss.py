@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
 _TILE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Of one square tile of logits: 4 MiB in fp32, near the size of a processor's cache; 128 MiB, few launches."""
+"""Of one square tile of logits; there are two. In fp32 8 MiB, near a processor's cache; 256 MiB, few launches."""
 
 
 class LossOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a step needs in memory: estimates from shapes alone, and the largest micro-batch that fits, found by measuring.
+"""What a step needs in memory, estimated from shapes alone, and what to change where that is too much.
 
 Sizes are bytes of one rank. Estimates run the towers on tensors without storage, so they take no memory and no GPU.
 """
@@ -6,10 +6,8 @@ Sizes are bytes of one rank. Estimates run the towers on tensors without storage
 from __future__ import annotations
 
 import functools
-import resource
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from evaclip.accumulation import num_micro_batches
+from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
 from evaclip.config import DeepSpeedEngineConfig, ModelConfig, RunConfig, TrainConfig
 from evaclip.config_file import parse_yaml
 from evaclip.data.batch import PackedText
 from evaclip.engine.prepare import prepare
-from evaclip.errors import ConfigError
 from evaclip.models.clip import CLIP
 
 _GIB = 2**30
@@ -144,24 +141,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def advice(config: RunConfig, world_size: int, *, on_gpu: bool = True, caption_tokens: int | None = None) -> list[str]:
+def advice(config: RunConfig, world_size: int, *, on_gpu: bool = True) -> list[str]:
     """Changes that would make a step smaller, each with what it alone saves on a rank; what saves most comes first."""
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in CLIP(config.model).parameters())
 
     def need(run: RunConfig) -> float:
-        per_sample = activation_bytes(run.model, run.train, caption_tokens, on_gpu=on_gpu)
+        per_sample = activation_bytes(run.model, run.train, on_gpu=on_gpu)
         return sum(state_bytes(num_parameters, run, world_size)) + per_sample * _largest(run, world_size)
 
     now = need(config)
     found: dict[str, tuple[float, str]] = {}
     for change, old, note in _changes(config, world_size, on_gpu=on_gpu):
-        key = change.partition("=")[0]
+        key = change.rpartition("=")[0]
         changed = None if key in found else _changed(config, change, world_size)
         saved = (now - need(changed)) / _GIB if changed else 0.0
         if saved >= 0.05:
             found[key] = saved, f"{change} (now {old}) saves about {saved:.1f} GiB{note}"
-    return [line for _, line in sorted(found.values(), reverse=True)]
+    return [line for _, line in sorted(found.values(), reverse=True)] or ["a larger machine, or a smaller model"]
 
 
 def _changes(config: RunConfig, world_size: int, *, on_gpu: bool) -> Iterator[tuple[str, object, str]]:
@@ -178,7 +175,9 @@ def _changes(config: RunConfig, world_size: int, *, on_gpu: bool) -> Iterator[tu
     now = engine.zero_stage if isinstance(engine, DeepSpeedEngineConfig) else 0
     for stage in range(now + 1, 4) if world_size > 1 else ():
         yield f"{'' if now else 'engine.name=deepspeed '}engine.zero_stage={stage}", now or "torch", ""
-    if isinstance(engine, DeepSpeedEngineConfig) and on_gpu and not engine.offload_optimizer:
+    if on_gpu and not now and world_size == 1:
+        yield "engine.name=deepspeed engine.offload_optimizer=true", "torch", "; slower"
+    elif on_gpu and not (isinstance(engine, DeepSpeedEngineConfig) and engine.offload_optimizer):
         yield "engine.offload_optimizer=true", "false", "; slower"
 
 
@@ -200,102 +199,4 @@ def _changed(config: RunConfig, change: str, world_size: int) -> RunConfig | Non
         run = RunConfig.model_validate(tree)
     except ValidationError:
         return None
-    several = num_micro_batches(run.train, world_size) > 1
-    zero1 = isinstance(run.engine, DeepSpeedEngineConfig) and run.engine.zero_stage == 1
-    return None if several and zero1 and run.train.precision == "bf16_weights" else run  # it would add up in 16 bits
-
-
-def largest_micro_batch(
-    share: int,
-    measure: Callable[[int], float],
-    budget: float,
-    *,
-    growth: float = float("inf"),
-    remedies: Callable[[], Sequence[str]] = tuple,
-) -> int:
-    """Samples of a micro-batch such that the share is taken in the fewest equal pieces that fit.
-
-    Sizes 1, 2, 4, ... are measured, each only if the line through the two before says that it fits: nothing but the
-    first can run out of memory. All ranks must be given equal budgets and measurements: the smallest, the largest.
-
-    Args:
-        share: Samples of this rank in a step.
-        measure: Samples -> peak bytes of a forward and backward.
-        budget: Bytes that may be used.
-        growth: Bytes that the second sample takes at most, by an estimate; without one as many as the first with all
-            weights, so that nothing more is tried where these fill half of the budget.
-        remedies: What to do if not even one sample fits, for the message.
-
-    Raises:
-        ConfigError: Not one sample fits.
-    """
-    first = measure(1)
-    if first > budget:
-        sizes = f"one sample at a time takes {first / _GIB:.2f} GiB, and {budget / _GIB:.2f} GiB may be used"
-        lines = remedies()
-        remedy = "change one of these:" if lines else "use a larger machine or a smaller model"
-        raise ConfigError("\n  ".join([f"{sizes}; {remedy}", *lines]))
-    points = [(0, max(0.0, first - growth)), (1, first)]
-
-    def forecast(samples: int) -> float:
-        (before, less), (last, most) = points[-2:]
-        return most + (most - less) / (last - before) * (samples - last)
-
-    while (size := 2 * points[-1][0]) <= share and forecast(size) <= budget:
-        points.append((size, measure(size)))
-    pieces = 1
-    while (size := -(-share // pieces)) > points[-1][0] and forecast(size) > budget:
-        pieces += 1
-    return size
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start ``peak_bytes`` anew; on a GPU, torch's own peak statistics."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): VmHWM begins at VmRSS
-
-
-def peak_bytes(device: torch.device) -> float:
-    """The most that this process held since ``reset_peak``: allocated by torch on a GPU, resident on a CPU.
-
-    Where the system does not reset its high-water mark, that since the process began: larger, never smaller.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    since_start = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _table(Path("/proc/self/status")).get("VmHWM", since_start)
-
-
-def available_bytes(device: torch.device, processes_on_this_machine: int = 1, root: Path = Path("/")) -> float:
-    """What this process may hold, on the scale of ``peak_bytes``: nine tenths of what it has and what is free to it.
-
-    A GPU is taken to be this process's alone; ranks on CPUs share what the host or its control group has free.
-    """
-    if device.type == "cuda":
-        return _SAFE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    free = min([_table(root / "proc/meminfo")["MemAvailable"], *_control_group_room(root)])
-    return _SAFE * (_table(root / "proc/self/status")["VmRSS"] + free / processes_on_this_machine)
-
-
-def _table(path: Path) -> dict[str, float]:
-    """Bytes by name, of the lines that count kilobytes."""
-    rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
-    return {row[0].rstrip(":"): 1024.0 * int(row[1]) for row in rows if row[2:] == ["kB"]}
-
-
-def _control_group_room(root: Path) -> Iterator[float]:
-    """Bytes up to the limit of each control group of this process; file cache gives way and is not counted."""
-    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        names, mount = ("max", "current", "inactive_file"), root / "sys/fs/cgroup"
-        if controllers:  # version 1, where a group of another controller has no such files
-            names, mount = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), mount / controllers
-        group = Path(path.strip("/"))
-        for folder in (mount / place for place in (group, *group.parents)):
-            with suppress(OSError, ValueError):  # not there, or "max"
-                most, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in names[:2])
-                stat = dict(row.split() for row in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-                yield most - used + int(stat.get(names[2], 0))
+    return None if adds_up_in_16_bits(run, num_micro_batches(run.train, world_size)) else run

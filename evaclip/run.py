@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -22,15 +22,14 @@ import torch
 
 import evaclip
 from evaclip import checkpoint
-from evaclip.accumulation import num_micro_batches
-from evaclip.config import DeepSpeedEngineConfig
+from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.readers import OpenedSource
 from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
-from evaclip.errors import CheckpointError, ConfigError, writing
+from evaclip.errors import CheckpointError, ConfigError, DataError, writing
 from evaclip.logs import log_setup
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.attention import kernel_name
@@ -95,10 +94,16 @@ class Run:
             token_multiple=_TOKEN_MULTIPLE if gpu_compiled else 1,
         )
 
-    def record_name(self, place: Place) -> str:
-        """Shard and key of a sample, behind the name of its source."""
-        name = self.plan.sources[place.source].name
-        return f"{name} {self.sources[name].reader.record_name(place.shard, place.record)}"
+    def record_names(self, places: Sequence[Place]) -> list[str]:
+        """Source, shard and key of samples; numbers instead where a shard can no longer be opened."""
+        names: list[str] = []
+        for place in places:
+            source = self.plan.sources[place.source].name
+            try:
+                names.append(f"{source} {self.sources[source].reader.record_name(place.shard, place.record)}")
+            except (DataError, OSError):
+                names.append(f"{source} shard {place.shard} record {place.record}")
+        return names
 
     def save(self, metrics: Mapping[str, float], meter_state: Mapping[str, tuple[float, int]]) -> None:
         """Write a checkpoint of this step and delete what the retention rule lets go."""
@@ -116,6 +121,7 @@ class Run:
             metrics=dict(metrics),
             meter=dict(meter_state),
             versions=self._versions,
+            consecutive_skips=int(optimizer.consecutive_skips),
         )
         entries: list[checkpoint.Entry] = []
         for piece in optimizer.pieces():
@@ -189,12 +195,12 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
 
 def _require_exact_accumulation(config: RunConfig, ranks: Ranks, pieces: int) -> None:
     """Refuse to add up micro-batches in 16 bits: the gradient would depend on their number."""
-    zero1 = isinstance(config.engine, DeepSpeedEngineConfig) and config.engine.zero_stage == 1
-    if zero1 and config.train.precision == "bf16_weights" and pieces > 1:
+    if adds_up_in_16_bits(config, pieces):
+        larger = "" if config.train.micro_batch == "auto" else " or a larger micro_batch"
         raise ConfigError(
             f"train.micro_batch {config.train.micro_batch} on {ranks.world_size} ranks makes {pieces} micro-batches, "
             f"whose gradients ZeRO-1 adds up in 16 bits under train.precision bf16_weights; "
-            f"use engine.zero_stage=2, train.precision=bf16 or a larger micro_batch"
+            f"use engine.zero_stage=2, train.precision=bf16{larger}"
         )
 
 
@@ -287,6 +293,7 @@ def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
     run.engine.refresh_weights()
     state = reader.state
     optimizer.updates.fill_(state.updates)
+    optimizer.consecutive_skips.fill_(state.consecutive_skips)
     optimizer.grad_scale.fill_(state.grad_scale)
     run.step = state.step
     run.meter_state = state.meter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evaclip.accumulation import forward_backward
-from evaclip.anomalies import Anomalies, SkippedStep
+from evaclip.anomalies import Anomalies
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.data.pipeline import SourceAccount, account, require_few_bad
 from evaclip.distributed import Ranks, agreed, started
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from evaclip.loss import LossOutput
 
 log = logging.getLogger(__name__)
+
+_MOST_NAMES = 16  # samples of a skipped step that are named
 
 
 def train(config: RunConfig) -> None:
@@ -68,7 +71,14 @@ def _out_of_memory(error: BaseException, config: RunConfig, run: Run | None, ran
         found = -(-config.train.global_batch // (ranks.world_size * run.num_micro_batches))
         config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": found})})
     what = str(error).strip().splitlines() or [type(error).__name__]
-    lines = advice(config, ranks.world_size, on_gpu=ranks.device.type == "cuda")
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu and (isinstance(error, MemoryError) or "DefaultCPUAllocator" in what[0]):
+        lines = [
+            "data.workers to fewer, each of which holds batches",
+            "engine.offload_optimizer to false, if it is true",
+        ]
+        return OutOfMemoryError("\n  ".join([f"the host ran out of memory ({what[0]}); change one of these:", *lines]))
+    lines = [*advice(config, ranks.world_size, on_gpu=on_gpu), "eval.batch, if this was an evaluation"]
     text = f"rank {ranks.rank} ran out of memory ({what[0]}); change one of these:"
     return OutOfMemoryError("\n  ".join([text, *lines]))
 
@@ -167,7 +177,6 @@ class Report:
         self.meter.update(scalars)
         values = self.meter.publish()
         accounts = _accounts(run)
-        skipped = self.anomalies.skipped_steps(run.ranks, any_skipped=values["train/skipped_steps"] > 0)
         kept = config.model.image.kept_patches
         flops = 3 * forward_flops(config.model, values["data/text_tokens"], kept=kept)
         values |= self.clock.publish(samples=run.samples, flops_per_sample=flops)
@@ -185,7 +194,7 @@ class Report:
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
                 self._tell_skips(accounts)
-                self._tell_anomalies(run, skipped)
+        self._tell_anomalies(run)
         require_few_bad(accounts, config.data.max_bad_fraction)
         most = config.train.max_consecutive_skipped_steps
         if values["train/consecutive_skips"] >= most:
@@ -203,23 +212,31 @@ class Report:
                 log.warning("source %s: records skipped so far: %s", name, reasons)
                 self.skips_told[name] = bad
 
-    def _tell_anomalies(self, run: Run, skipped: Sequence[SkippedStep]) -> None:
-        for step in skipped:
-            names = [run.record_name(place) for place in step.places]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            log.warning(
-                "step %d was skipped: loss %.4g, gradient norm %.4g; %s",
-                step.step,
-                step.loss,
-                step.grad_norm,
-                f"first not finite was the {step.cause} of {', '.join(names[:3])}{more} (skipped_steps.jsonl)"
-                if names
-                else "no single micro-batch had a bad number",
+    def _tell_anomalies(self, run: Run) -> None:
+        """Name samples of skipped steps and tensors that spiked, in the log and in ``skipped_steps.jsonl``."""
+        scaled = run.config.train.precision == "fp16"
+        rows: list[str] = []
+        for step in self.anomalies.skipped_steps(run.ranks):
+            if not run.ranks.is_main:
+                continue
+            if scaled and step.cause != "feature" and math.isfinite(step.loss):
+                log.info(
+                    "step %d was skipped: its gradient overflowed in fp16, and the loss scale was halved", step.step
+                )
+                continue
+            names = run.record_names(step.places[:_MOST_NAMES])
+            more = f" and {len(step.places) - 3} more" if len(step.places) > 3 else ""
+            where = (
+                f"the {step.cause} of {', '.join(names[:3])}{more} is not finite" if names else "no sample stands out"
             )
-            with (run.directory / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
-                row = {"step": step.step, "loss": str(step.loss), "cause": step.cause, "records": names}
-                file.write(json.dumps(row) + "\n")
-        for name, multiple in self.anomalies.spikes().items():
+            log.warning("step %d was skipped: loss %.4g, gradient norm %.4g; %s", *step[:3], where)
+            row = {"step": step.step, "loss": str(step.loss), "cause": step.cause, "samples": len(step.places)}
+            rows.append(json.dumps({**row, "records": names}) + "\n")
+        with agreed(run.ranks), writing(f"run_dir {run.directory}"):
+            if rows:
+                with (run.directory / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(rows)
+        for name, multiple in self.anomalies.spikes().items() if run.ranks.is_main else ():
             what = "loss" if name == "loss" else f"update of {name}"
             log.warning("up to step %d the %s was %.1f times its running value", run.step, what, multiple)
 
@@ -248,6 +265,7 @@ class Report:
 
     def checkpoint(self, run: Run) -> None:
         """Save; afterwards the rows up to here are final and go to W&B."""
+        self._tell_anomalies(run)
         with self.clock.paused():
             with agreed(run.ranks), writing("metrics.jsonl"):
                 if self.history:

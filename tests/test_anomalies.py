@@ -11,6 +11,7 @@ from tiny import tiny_config
 from evaclip import anomalies as module
 from evaclip.data.pipeline import Stream
 from evaclip.data.shards import open_index
+from evaclip.errors import TrainingStoppedError
 from evaclip.loss import ContrastiveLoss
 from evaclip.train import train
 
@@ -33,9 +34,9 @@ def test_the_sample_with_a_bad_image_is_named_with_its_shard_and_key(tmp_path, c
     shard = colour_shards / f"{broken[0].shard:05d}.tar"
     name = f"tiny {shard}:{open_index(shard).key(broken[0].record)}"
     log = (tmp_path / "log.txt").read_text()
-    assert f"step 3 was skipped: loss nan, gradient norm nan; first not finite was the feature of {name} (" in log
+    assert f"step 3 was skipped: loss nan, gradient norm nan; the feature of {name} is not finite" in log
     (row,) = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
-    assert row == {"step": 3, "loss": "nan", "cause": "feature", "records": [name]}
+    assert row == {"step": 3, "loss": "nan", "cause": "feature", "samples": 1, "records": [name]}
 
 
 def test_a_bad_gradient_is_blamed_on_its_micro_batch(tmp_path, monkeypatch):
@@ -50,8 +51,8 @@ def test_a_bad_gradient_is_blamed_on_its_micro_batch(tmp_path, monkeypatch):
     train(tiny_config(tmp_path, train__steps=1, train__micro_batch=8))
     (row,) = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert row["cause"] == "gradient"
-    assert len(row["records"]) == 8
-    assert "and 5 more (skipped_steps.jsonl)" in (tmp_path / "log.txt").read_text()
+    assert row["samples"] == len(row["records"]) == 8
+    assert "and 5 more is not finite" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("optim", ["lamb", "adamw"])
@@ -74,3 +75,18 @@ def test_a_loss_and_an_update_far_above_their_running_values_are_named(tmp_path,
     assert "update of text.projection" in told
     assert not any("image" in name for name in told)
     assert all("up to step 13 " in line for line in log.splitlines() if "the loss was" in line)
+
+
+def test_overflows_of_fp16_are_told_as_such_and_blamed_on_nobody(tmp_path):
+    train(tiny_config(tmp_path, train__steps=10, train__precision="fp16"))
+    log = (tmp_path / "log.txt").read_text()
+    assert "step 1 was skipped: its gradient overflowed in fp16, and the loss scale was halved" in log
+    assert not (tmp_path / "skipped_steps.jsonl").exists()
+
+
+def test_a_diverged_run_names_a_few_of_its_samples(tmp_path):
+    options = {"train__global_batch": 64, "train__max_consecutive_skipped_steps": 2, "optim__lr": 1e30}
+    with pytest.raises(TrainingStoppedError, match="the last 2 updates were skipped"):
+        train(tiny_config(tmp_path, train__steps=8, **options))
+    rows = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(row["cause"], row["samples"], len(row["records"])) for row in rows] == [("feature", 64, 16)] * 2

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import SYNTHETIC, tiny_config
 
 import evaclip
-import evaclip.trial
+from evaclip.accumulation import forward_backward
 from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
 from evaclip.config import ModelConfig
 from evaclip.data.shards import open_index
@@ -26,6 +26,7 @@ from evaclip.errors import CheckpointError, ConfigError, DataError, OutOfMemoryE
 from evaclip.history import load_history
 from evaclip.run import open_run
 from evaclip.train import _loop, _reporting, train, train_on
+from evaclip.trial import trial_step
 
 prepare = importlib.import_module("evaclip.engine.prepare")  # the package has a function of that name
 TIMED = ("speed/", "memory/")
@@ -322,25 +323,43 @@ def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone
     assert find_checkpoint(tmp_path).name == "step_00000004"
 
 
-@pytest.mark.parametrize("engine", [{}, {"engine__name": "deepspeed", "engine__zero_stage": 2}], ids=["torch", "zero2"])
-def test_a_micro_batch_that_fits_is_found_without_a_trace_in_the_training(tmp_path, monkeypatch, engine):
-    """The machine has room for all 16 samples, or is said to have none for more than a few."""
-    options = {**engine, "train__precision": "bf16", "train__steps": 3}
+@pytest.mark.parametrize("stage", [None, 1, 3])
+@pytest.mark.parametrize("precision", ["bf16_weights", "fp16"])
+def test_a_trial_leaves_no_trace(tmp_path, stage, precision):
+    engine = {"engine__name": "deepspeed", "engine__zero_stage": stage} if stage else {}
+    config = tiny_config(tmp_path, **engine, train__precision=precision, optim__name="lamb")
+
+    def state(optimizer):
+        pieces = [t.clone() for p in optimizer.local_pieces() for t in (p.weight, p.exp_avg, p.exp_avg_sq)]
+        return [*pieces, optimizer.updates.clone(), optimizer.consecutive_skips.clone(), optimizer.grad_scale.clone()]
+
     with started(need_group=True) as ranks:
-        train_on(ranks, tiny_config(tmp_path / "plain", **options))
-        train_on(ranks, tiny_config(tmp_path / "auto", **options, train__micro_batch="auto"))
-        monkeypatch.setattr("evaclip.trial.peak_bytes", lambda device: float(len(trials.pop())))
-        monkeypatch.setattr("evaclip.trial.available_bytes", lambda device, processes: 6.0)
-        trials, original = [], evaclip.trial.forward_backward
+        run = open_run(config, ranks)
+        (batches, _), *_ = run.stream()
+        optimizer = run.engine.optimizer
+        optimizer.grad_scale.clamp_(max=1024.0)
+        engine_step(run, batches)
+        assert optimizer.updates == 1
+        before = state(optimizer)
+        assert trial_step(run.engine, run.loss, config.model, 3, ranks) > 0
+        assert all(torch.equal(one, other) for one, other in zip(before, state(optimizer), strict=True))
+        engine_step(run, batches)
+        assert optimizer.updates == 2
 
-        def forward_backward(engine, loss, micro_batches, ranks):
-            trials.append(micro_batches[0].images)
-            return original(engine, loss, micro_batches, ranks)
 
-        monkeypatch.setattr("evaclip.trial.forward_backward", forward_backward)
-        train_on(ranks, tiny_config(tmp_path / "little", **options, train__micro_batch="auto"))
+def engine_step(run, batches):
+    run.engine.step(1.0, forward_backward(run.engine, run.loss, batches, run.ranks).loss)
+
+
+def test_auto_takes_what_fits(tmp_path, monkeypatch):
+    plain, auto = tiny_config(tmp_path / "plain"), tiny_config(tmp_path / "auto", train__micro_batch="auto")
+    train(plain)
+    train(auto)
     assert "samples of a step in 1 micro-batches" in (tmp_path / "auto" / "log.txt").read_text()
     assert_same_weights(weights(tmp_path / "plain"), weights(tmp_path / "auto"))
+    monkeypatch.setattr("evaclip.trial.trial_step", lambda engine, loss, model, samples, ranks: 1e9 * samples)
+    monkeypatch.setattr("evaclip.trial.available_bytes", lambda device, processes: 6.5e9)
+    train(tiny_config(tmp_path / "little", train__micro_batch="auto"))
     assert "samples of a step in 3 micro-batches" in (tmp_path / "little" / "log.txt").read_text()
 
 
@@ -351,5 +370,6 @@ def test_running_out_of_memory_names_what_to_change(tmp_path, monkeypatch):
     with pytest.raises(OutOfMemoryError, match=r"rank 0 ran out of memory \(.*allocate") as caught:
         train(config)
     lines = str(caught.value).splitlines()
-    assert len(lines) >= 3
+    assert len(lines) >= 4
+    assert lines[-1] == "  eval.batch, if this was an evaluation"
     assert any(re.match(r"  train\.micro_batch=8 \(now 16\) saves about \d+\.\d GiB$", line) for line in lines)

@@ -107,7 +107,8 @@ class TrainConfig(Section):
     """Samples of one update, over all ranks; the same on any number of ranks."""
     micro_batch: PositiveInt | Literal["auto"] | None = None
     """Most samples a rank takes through the towers at once, which changes nothing but memory and time; a larger share
-    is taken in several micro-batches. auto: as many as fit, found by trial steps; null: the whole share at once."""
+    is taken in several micro-batches. auto: as many as fit, found by trial steps at each start, so that a continued run
+    may round in another order; null: the whole share at once."""
     precision: Literal["bf16", "bf16_weights", "fp16", "fp32"] = "bf16"
     """bf16, fp16: fp32 weights under autocast; bf16_weights: 16-bit weights with an fp32 master; fp32."""
     activation_checkpointing: bool = False

@@ -86,6 +86,9 @@ class DeepSpeedEngine:
         if self._engine.optimizer.overflow:  # our optimizer was not called
             optimizer.consecutive_skips += 1
             optimizer.grad_norm = torch.full_like(optimizer.grad_norm, torch.inf)
+            if self._stage < 3:  # DeepSpeed 0.19 would add the next gradient to the bad one where it is offloaded
+                averaged = self._engine.optimizer.averaged_gradients
+                averaged.update(dict.fromkeys(averaged))
         self._loss_scale.adjust()
 
     def refresh_weights(self) -> None:

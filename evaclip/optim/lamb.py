@@ -33,13 +33,9 @@ class Lamb(TableOptimizer):
         self._bounds = config.trust_ratio_bounds
         self._bias_correction = config.bias_correction
         self._adapts = torch.tensor([row.adapts for row in rows], device=ranks.device)
-        adapting = [number for number, row in enumerate(rows) if row.adapts]
-        self._adapting = torch.tensor(adapting, dtype=torch.int64, device=ranks.device)
 
     def _ratios(self, weight: Tensor, update: Tensor) -> Tensor:
         ratios = weight / update
         if self._bounds:
             ratios = ratios.clamp(*self._bounds)
-        ratios = torch.where(self._adapts & (weight > 0) & (update > 0), ratios, 1.0).float()
-        self.trust_ratios = ratios[self._adapting]
-        return ratios
+        return torch.where(self._adapts & (weight > 0) & (update > 0), ratios, 1.0).float()

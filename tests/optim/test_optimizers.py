@@ -6,6 +6,7 @@ import torch
 
 from evaclip.config import AdamWConfig, LambConfig
 from evaclip.distributed import Ranks
+from evaclip.optim import base
 from evaclip.optim.adamw import AdamW
 from evaclip.optim.base import Span
 from evaclip.optim.lamb import Lamb
@@ -147,9 +148,11 @@ def test_clipping_to_a_norm_equals_scaling_the_gradient(kind):
     assert movement(ours, scaled) < 1e-5 * movement(ours, parameters())
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["as on CPUs", "as on GPUs"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, "loss"])
 @pytest.mark.parametrize("kind", [Lamb, AdamW])
-def test_a_step_that_is_not_finite_changes_nothing(kind, poison):
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, kind, poison, early):
+    monkeypatch.setattr(base, "_SKIPS_EARLY", early)
     config = LambConfig() if kind is Lamb else AdamWConfig(name="adamw")
     ours = parameters()
     optimizer = make(kind, config, rows(), ours)
@@ -158,6 +161,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, poison):
     before = [
         t.detach().clone() for piece in optimizer.pieces() for t in (piece.weight, piece.exp_avg, piece.exp_avg_sq)
     ]
+    told = optimizer.trust_ratios.clone(), optimizer.update_rms.clone()
     set_gradients(ours, 1)
     if poison == "loss":
         optimizer.loss = torch.tensor(math.nan)
@@ -168,6 +172,8 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, poison):
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(before, after, strict=True))
     assert optimizer.updates.item() == 1
     assert optimizer.consecutive_skips.item() == 1
+    assert torch.equal(optimizer.trust_ratios, told[0])
+    assert torch.equal(optimizer.update_rms, told[1])
     optimizer.loss = torch.zeros(())
     set_gradients(ours, 2)
     optimizer.step()
