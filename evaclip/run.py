@@ -135,7 +135,7 @@ class Run:
         if self.ranks.is_main:
             entries += [checkpoint.Entry("weight", name, 0, value) for name, value in frozen.items()]
         path = checkpoint.save(self.directory / "checkpoints", self.config, state, entries, self.ranks)
-        if self.ranks.is_main:
+        if self.ranks.is_main and not state.consecutive_skips:  # what was saved before a streak of bad steps stays
             checkpoint.delete_old(path.parent, self.config.checkpoint, self.step)
         log.info("saved %s", path)
 

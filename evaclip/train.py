@@ -200,8 +200,9 @@ class Report:
         if values["train/consecutive_skips"] >= most:
             raise TrainingStoppedError(
                 f"the last {values['train/consecutive_skips']:.0f} updates were skipped because loss or gradient was "
-                f"not finite (train.max_consecutive_skipped_steps {most}); weights are those of the last good one; "
-                f"lower the learning rate or look at the data"
+                f"not finite (train.max_consecutive_skipped_steps {most}); weights are those of the last one that was "
+                f"applied; lower the learning rate or look at the data (skipped_steps.jsonl); if that update broke "
+                f"them, remove the newest checkpoints of {run.directory}, and the run goes on from the one before"
             )
 
     def _tell_skips(self, accounts: Mapping[str, SourceAccount]) -> None:

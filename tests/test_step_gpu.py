@@ -14,6 +14,7 @@ from evaclip.models.clip import create_model
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optim", ["lamb", "adamw"])
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_step_waits_for_nothing(tmp_path, optim, pieces):

@@ -17,16 +17,15 @@ from PIL import Image
 from tiny import SYNTHETIC, tiny_config
 
 import evaclip
-from evaclip.accumulation import forward_backward
 from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
 from evaclip.config import ModelConfig
 from evaclip.data.shards import open_index
-from evaclip.distributed import Ranks, started
+from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingStoppedError
 from evaclip.history import load_history
+from evaclip.loss import ContrastiveLoss
 from evaclip.run import open_run
 from evaclip.train import _loop, _reporting, train, train_on
-from evaclip.trial import trial_step
 
 prepare = importlib.import_module("evaclip.engine.prepare")  # the package has a function of that name
 TIMED = ("speed/", "memory/")
@@ -323,34 +322,6 @@ def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone
     assert find_checkpoint(tmp_path).name == "step_00000004"
 
 
-@pytest.mark.parametrize("stage", [None, 1, 3])
-@pytest.mark.parametrize("precision", ["bf16_weights", "fp16"])
-def test_a_trial_leaves_no_trace(tmp_path, stage, precision):
-    engine = {"engine__name": "deepspeed", "engine__zero_stage": stage} if stage else {}
-    config = tiny_config(tmp_path, **engine, train__precision=precision, optim__name="lamb")
-
-    def state(optimizer):
-        pieces = [t.clone() for p in optimizer.local_pieces() for t in (p.weight, p.exp_avg, p.exp_avg_sq)]
-        return [*pieces, optimizer.updates.clone(), optimizer.consecutive_skips.clone(), optimizer.grad_scale.clone()]
-
-    with started(need_group=True) as ranks:
-        run = open_run(config, ranks)
-        (batches, _), *_ = run.stream()
-        optimizer = run.engine.optimizer
-        optimizer.grad_scale.clamp_(max=1024.0)
-        engine_step(run, batches)
-        assert optimizer.updates == 1
-        before = state(optimizer)
-        assert trial_step(run.engine, run.loss, config.model, 3, ranks) > 0
-        assert all(torch.equal(one, other) for one, other in zip(before, state(optimizer), strict=True))
-        engine_step(run, batches)
-        assert optimizer.updates == 2
-
-
-def engine_step(run, batches):
-    run.engine.step(1.0, forward_backward(run.engine, run.loss, batches, run.ranks).loss)
-
-
 def test_auto_takes_what_fits(tmp_path, monkeypatch):
     plain, auto = tiny_config(tmp_path / "plain"), tiny_config(tmp_path / "auto", train__micro_batch="auto")
     train(plain)
@@ -373,3 +344,20 @@ def test_running_out_of_memory_names_what_to_change(tmp_path, monkeypatch):
     assert len(lines) >= 4
     assert lines[-1] == "  eval.batch, if this was an evaluation"
     assert any(re.match(r"  train\.micro_batch=8 \(now 16\) saves about \d+\.\d GiB$", line) for line in lines)
+
+
+def test_checkpoints_within_a_streak_of_bad_steps_push_out_no_older_one(tmp_path, monkeypatch):
+    original = ContrastiveLoss.forward
+
+    def forward(self, image, text, ranks):
+        output = original(self, image, text, ranks)
+        return output._replace(loss=output.loss * math.nan) if next(calls) >= 4 else output
+
+    calls = iter(range(100))
+    monkeypatch.setattr(ContrastiveLoss, "forward", forward)
+    options = {"train__max_consecutive_skipped_steps": 8, "checkpoint__every_steps": 2, "checkpoint__keep_last": 1}
+    with pytest.raises(TrainingStoppedError, match=r"remove the newest checkpoints of .*, and the run goes on from"):
+        train(tiny_config(tmp_path, train__steps=20, **options))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == [f"step_{step:08d}" for step in (4, 6, 8, 10)]
+    assert CheckpointReader(tmp_path / "checkpoints" / "step_00000010").state.consecutive_skips == 6

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
 from evaclip.config.data import DataConfig, EvalConfig
@@ -53,6 +61,13 @@ class LambConfig(OptimConfig):
     """Trust ratios are clamped to these, for instance [0.01, 10] as in DeepSpeed's FusedLamb; null does not clamp."""
     bias_correction: bool = True
     """Divide the moments by 1 - beta^t, t counting applied updates."""
+
+    @field_validator("trust_ratio_bounds")
+    @classmethod
+    def _bounds_are_ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds and bounds[0] > bounds[1]:
+            raise ValueError(f"{bounds[0]} is above {bounds[1]}; give the lower bound first")
+        return bounds
 
 
 class AdamWConfig(OptimConfig):
@@ -116,7 +131,8 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile each block with torch.compile."""
     max_consecutive_skipped_steps: PositiveInt = 100
-    """The run stops after this many updates in a row were skipped for a non-finite loss or gradient."""
+    """The run stops after this many updates in a row were skipped for a non-finite loss or gradient. With fp16 give 20
+    or more: some are skipped until its loss scale is found."""
 
 
 class CheckpointConfig(Section):

@@ -38,8 +38,10 @@ from evaclip.loss import ContrastiveLoss, info_nce, sigmoid_loss
 from evaclip.models.clip import create_model
 from evaclip.optim.table import parameter_table
 from evaclip.preemption import listening
+from evaclip.run import open_run
 from evaclip.sources import open_sources
 from evaclip.train import train_on
+from evaclip.trial import trial_step
 
 STEPS = 20
 INTERRUPTED = {"train__steps": STEPS, "checkpoint__every_steps": STEPS // 2, "data__workers": 2}
@@ -316,6 +318,30 @@ def _unpacked(ids: list[int], restore: list[int], bounds: list[int]) -> list[lis
     return [ids[bounds[place] : bounds[place + 1]] for place in restore]
 
 
+def trial(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> list[bool]:
+    """A step, a trial, a step: does the trial leave everything as it was, and are both steps applied?"""
+    config = tiny_config(folder, **options, optim__name="lamb")
+    run = open_run(config, ranks)
+    optimizer = run.engine.optimizer
+    optimizer.grad_scale.clamp_(max=1024.0)
+    ((batches, _), *_) = run.stream()
+
+    def step() -> None:
+        run.engine.step(1.0, forward_backward(run.engine, run.loss, batches, ranks).loss)
+
+    def state() -> list[torch.Tensor]:
+        return [t.clone() for t in (optimizer.updates, optimizer.consecutive_skips, optimizer.grad_scale)]
+
+    step()
+    before = [*_bits(optimizer), *state()]
+    peak = trial_step(run.engine, run.loss, config.model, 3, ranks)
+    after = [*_bits(optimizer), *state()]
+    step()
+    same = all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    return [peak > 0, same, int(optimizer.updates) == 2]
+
+
+TRIALS = (("torch", "fp16"), ("zero2", "bf16_weights"), ("zero3", "fp16"))
 POISONS = ("gradient", "loss", "image", "parameter")
 
 
@@ -334,7 +360,9 @@ def bad_steps(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[st
     stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=6, states={}, micro_batches=2)
     found: dict[str, Any] = {}
     for number, (poison, (batches, _)) in enumerate(zip(("", *POISONS, "again"), stream, strict=True)):
-        target = next(piece for piece in optimizer.local_pieces() if "blocks" in piece.row.name).weight[:1]
+        target = torch.zeros(1)  # on the last rank a weight of a block
+        if bad_rank:
+            target = next(piece for piece in optimizer.local_pieces() if "blocks" in piece.row.name).weight[:1]
         kept = target.clone()
         if poison == "image" and bad_rank:
             image = (batches[1].images.float() / 255).index_fill_(0, torch.tensor(len(batches[1].images) - 1), math.nan)
@@ -517,6 +545,9 @@ def _runs(source: dict[str, Any], damaged: str, *, several: bool) -> dict[str, A
     for workers in (0, 3):
         cases[f"batches_{workers}"] = partial(batches, source=source, workers=workers)
     if several:
+        for engine, precision in TRIALS:
+            options = {**ENGINES[engine], "train__precision": precision}
+            cases[f"trial_{engine}_{precision}"] = partial(trial, options=options)
         cases["bytes"] = bytes_sent
         cases["handed_over"] = partial(handed_over, source=source)
         for engine in ("torch", "zero3"):  # one makes its own check for overflow, the other does not

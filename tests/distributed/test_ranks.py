@@ -17,6 +17,7 @@ from distributed.cases import (
     SAME_GRADIENTS,
     STEPS,
     TRAINED,
+    TRIALS,
     all_cases,
     continued,
     loss_pairs,
@@ -211,6 +212,11 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(results, world, scale, 
             assert rank["bias_grad"] == pytest.approx(grads[3].item(), rel=1e-5)
         assert rank["image_to_text"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
         assert rank["text_to_image"] == pytest.approx((logits.argmax(0) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize(("engine", "precision"), TRIALS)
+def test_a_trial_leaves_no_trace(results, engine, precision):
+    assert of(results, 2, f"trial_{engine}_{precision}") == [[True, True, True]] * 2
 
 
 def test_the_loss_sends_half_of_what_open_clips_sends(results):

@@ -1,0 +1,81 @@
+"""The benchmarks run, print what they measure, and fail where the two sides do not do the same work."""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import benchmark_accumulation
+import benchmark_loss
+import benchmark_optimizer
+import pytest
+import torch
+from tiny import tiny_tree
+
+from evaclip.models.registry import PRESETS
+
+
+def figures(pattern, text):
+    found = re.search(pattern.replace("#", r"\s*(\d[\d.e+-]*)"), text)
+    assert found, f"{pattern} is not in\n{text}"
+    return [float(figure) for figure in found.groups()]
+
+
+def test_loss_benchmark_gives_time_and_memory_of_both_losses(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_loss, "own_process", lambda: ThreadPoolExecutor(1))  # saves two imports of torch
+    assert benchmark_loss.main(["--batch", "512", "--dim", "64", "--dtype", "fp32", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    for name in ("ours", "open_clip"):
+        assert figures(f"{name} # MiB # ms # ms busy # TFLOP/s", out)[1] > 0
+    figures("open_clip / ours: memory .*, time #, busy #", out)
+    assert max(figures("ours off fp64 #, open_clip off fp64 #, open_clip off ours #", out)) < 1e-5
+
+
+def test_accumulation_benchmark_gives_times_per_sample_and_memory_of_each_number():
+    small = ["--blocks", "1", "--micro-batch", "1", "--pieces", "2", "--rounds", "1", "--memory-of", "1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, benchmark_accumulation.__file__, *small]
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert all(figures("plain # ms a sample # ms busy\naccumulated # ms a sample # ms busy", out))
+    assert all(figures("accumulated / plain: time #, busy #", out))
+    assert figures("1 micro-batches: # MiB", out)[0] > 1
+
+
+def test_memory_is_that_of_the_peak_above_what_was_held():
+    held = torch.ones(1 << 24)
+    extra, _ = benchmark_loss.extra_memory(lambda: float((held + 1).sum()), held.device)
+    assert extra == pytest.approx(1 << 26, rel=0.1)
+
+
+def test_optimizer_benchmark_gives_times_and_distances(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", tiny_tree("unused", {})["model"])
+    assert benchmark_optimizer.main(["--model", "tiny", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert all(figures("ours # ms\\ntimm # ms\\ncopy # ms", out))
+    assert all(figures("timm / ours: #\nours / copy: #", out))
+    assert figures("of the movement: ours #, timm #", out)[0] < 1e-4
+
+
+def test_loss_benchmark_notices_a_wrong_gradient(monkeypatch, capsys):
+    right = benchmark_loss.info_nce
+
+    def wrong(*inputs):
+        output = right(*inputs)
+        return output._replace(text_grad=1.001 * output.text_grad)
+
+    monkeypatch.setattr(benchmark_loss, "info_nce", wrong)
+    assert benchmark_loss.main(["--batch", "64", "--dim", "16", "--dtype", "fp32"]) == 1
+    captured = capsys.readouterr()
+    assert "ours off fp64 1.0e-03" in captured.out
+    assert captured.err == "error: ours off fp64, by more than 1e-05: not all do the same work\n"
+
+
+def test_accumulation_benchmark_notices_a_wrong_gradient(monkeypatch, capsys):
+    def forgetful(engine, loss, micro_batches, ranks):
+        return right(engine, loss, micro_batches[:1], ranks)
+
+    right = benchmark_accumulation.forward_backward
+    monkeypatch.setattr(benchmark_accumulation, "forward_backward", forgetful)
+    assert benchmark_accumulation.main(["--blocks", "1", "--micro-batch", "2", "--pieces", "2"]) == 1
+    assert "the two do not do the same work" in capsys.readouterr().err
