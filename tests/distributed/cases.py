@@ -551,7 +551,7 @@ def _runs(source: dict[str, Any], damaged: str, *, several: bool) -> dict[str, A
         cases["bytes"] = bytes_sent
         cases["handed_over"] = partial(handed_over, source=source)
         for engine in ("torch", "zero3"):  # one makes its own check for overflow, the other does not
-            fp16 = {**ENGINES[engine], "train__precision": "fp16", "optim__name": "lamb"}
+            fp16 = {**ENGINES[engine], "train__precision": "fp16", "optim__lr": 1e-4}
             cases[f"fp16_{engine}"] = partial(losses, source=source, options=fp16)
     else:
         cases["losses_constant"] = partial(losses, source=source, options={**CONSTANT, "train__steps": 30})

@@ -144,9 +144,12 @@ def test_autocast_is_the_same_in_both_engines(results, world):
 
 
 def test_fp16_with_loss_scaling_is_the_same_in_all_engines(results):
-    """The first steps overflow at a scale of 2**16 and are skipped, which every engine must do at the same steps."""
+    """The first steps overflow at a scale of 2**16 and are skipped, which every engine must do at the same steps.
+
+    The learning rate is one at which a rounding of fp16 that falls the other way does not grow.
+    """
     reference = of(results, 2, "fp16_torch")[0]
-    assert reference[0] != pytest.approx(reference[-1], rel=0.05), "some steps were applied"
+    assert reference[-1] < 0.5 * reference[0], "steps were applied"
     assert of(results, 2, "fp16_zero3")[0] == pytest.approx(reference, rel=1e-4)
 
 
