@@ -157,7 +157,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         DataError: The sources cannot be used.
         CheckpointError: The checkpoint does not fit the data or the model.
     """
-    _require_exact_accumulation(config, ranks, num_micro_batches(config.train, ranks.world_size))
+    pieces = num_micro_batches(config.train, ranks.world_size)
+    _require_exact_accumulation(config, ranks, pieces)
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
     changes = checkpoint.refuse_changes(reader.config, config, reader.path) if reader else []
@@ -175,7 +176,6 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     if reader:
         _load_weights(reader, clip, loss)
     engine = create_engine(config, clip, loss, ranks)
-    pieces = num_micro_batches(config.train, ranks.world_size)
     if config.train.micro_batch == "auto":
         largest = largest_that_fits(engine, loss, config, ranks)
         pieces = -(-(config.train.global_batch // ranks.world_size) // largest)

@@ -217,9 +217,8 @@ class Report:
         """Name samples of skipped steps and tensors that spiked, in the log and in ``skipped_steps.jsonl``."""
         scaled = run.config.train.precision == "fp16"
         rows: list[str] = []
-        for step in self.anomalies.skipped_steps(run.ranks):
-            if not run.ranks.is_main:
-                continue
+        skipped = self.anomalies.skipped_steps(run.ranks)  # equal on all ranks
+        for step in skipped if run.ranks.is_main else ():
             if scaled and step.cause != "feature" and math.isfinite(step.loss):
                 log.info(
                     "step %d was skipped: its gradient overflowed in fp16, and the loss scale was halved", step.step
@@ -233,10 +232,11 @@ class Report:
             log.warning("step %d was skipped: loss %.4g, gradient norm %.4g; %s", *step[:3], where)
             row = {"step": step.step, "loss": str(step.loss), "cause": step.cause, "samples": len(step.places)}
             rows.append(json.dumps({**row, "records": names}) + "\n")
-        with agreed(run.ranks), writing(f"run_dir {run.directory}"):
-            if rows:
-                with (run.directory / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
-                    file.writelines(rows)
+        if skipped:
+            with agreed(run.ranks), writing(f"run_dir {run.directory}"):
+                if rows:
+                    with (run.directory / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+                        file.writelines(rows)
         for name, multiple in self.anomalies.spikes().items() if run.ranks.is_main else ():
             what = "loss" if name == "loss" else f"update of {name}"
             log.warning("up to step %d the %s was %.1f times its running value", run.step, what, multiple)

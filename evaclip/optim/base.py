@@ -192,9 +192,9 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
             self.ranks.sum(squares)
         weight, update = (squares + self._adam_updates(own, finite, 1 / shrink)).sqrt()
         self.update_rms = torch.where(finite, (update / self._numels.sqrt()).float(), self.update_rms)
-        # after a bad step 0: the update is weight decay alone then, a finite number
         ratios = self._ratios(weight, update)
         self.trust_ratios = torch.where(finite, ratios[self._adapting], self.trust_ratios)
+        # after a bad step 0: the update is weight decay alone then, a finite number
         rates = torch.where(finite, ratios * self._peak_rates * self.factor, 0.0)
         self._subtract(slices, rates)
         self._subtract(own, rates)
