@@ -98,9 +98,18 @@ def test_lamb_is_timms_on_the_same_gradients(results, engine, world):
 
 
 def _apart(first, second):
-    """Distance between two checkpoints' weights."""
+    """Distance between two checkpoints' weights, key biases aside.
+
+    Softmax takes out what a key bias adds, so its gradient is rounding noise, which LAMB and Adam bring to full length.
+    """
     one, two = (CheckpointReader(Path(path)).weights() for path in (first, second))
-    return math.sqrt(sum(float((one[name] - two[name]).double().square().sum()) for name in one))
+    squares = 0.0
+    for name in one:
+        difference = (one[name] - two[name]).double()
+        if name.endswith("attn.qkv.bias"):
+            difference.view(3, -1)[1] = 0
+        squares += float(difference.square().sum())
+    return math.sqrt(squares)
 
 
 @pytest.mark.parametrize(("world", "engine"), chosen(ACCUMULATED))
@@ -116,7 +125,8 @@ def test_gradients_do_not_depend_on_ranks_engine_and_micro_batches(results, engi
 def test_lamb_ends_in_the_same_weights_on_any_ranks_engine_and_micro_batches(results, engine, world):
     whole, parts = (of(results, 1, f"trained_torch_{pieces}")[0] for pieces in (1, 4))
     floor = _apart(whole, parts)  # what one process differs from itself by adding up in another order
-    assert floor > 0
+    moved = _apart(whole, Path(whole).with_name("step_00000010"))
+    assert 0 < floor < 2e-5 * moved  # 1.2e-5 seen: fp32 rounds to 6e-8, and gradients are divided by their own size
     assert _apart(whole, of(results, world, f"trained_{engine}_4")[0]) <= 3 * floor
 
 

@@ -1,13 +1,13 @@
 """Everything of which the default suite runs a sample: ours at every number of ranks, engine, stage and precision."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed.cases import ENGINES, OFFLOADED, PIECES, STEPS, accumulated, bad_steps, same_gradients, trained
-from distributed.spawn import run_on_ranks
+from distributed.spawn import Case, run_on_ranks
 from distributed.test_ranks import EXPECTED_BAD_STEPS, _apart
 
 from evaclip.config_file import load
@@ -58,7 +58,26 @@ def padded_forward(tower: TextTower, text: PackedText) -> torch.Tensor:
     return (tower.norm(x[bounds[:-1] + sizes - 1]) @ tower.projection)[text.restore]
 
 
-def whole_loops(world: int) -> dict[str, Any]:
+def all_cases(world: int, source: dict[str, str]) -> dict[tuple, Case]:
+    """By kind, loss or optimizer, engine and precision."""
+    cases: dict[tuple, Case] = {("demo", name): case for name, case in whole_loops(world).items()}
+    for engine, options in ALL_ENGINES.items():
+        for precision in PRECISIONS:
+            chosen = {**options, "train__precision": precision}
+            if (engine, precision) in BAD:
+                cases["bad", engine, precision] = partial(bad_steps, options=chosen)
+            for optim in ("lamb", "adamw"):
+                same = {**chosen, "optim__name": optim}
+                cases["same", optim, engine, precision] = partial(same_gradients, options=same)
+        for loss, loss_options in LOSSES.items():
+            cases["accumulated", loss, engine] = partial(accumulated, options={**options, **loss_options})
+        for pieces in (1, 4):
+            chosen = {**options, "train__micro_batch": 16 // world // pieces}
+            cases["trained", engine, pieces] = partial(trained, source=source, options=chosen)
+    return cases
+
+
+def whole_loops(world: int) -> dict[str, Case]:
     """Cases of the demo by ``engine, micro-batches, text, workers``."""
     cases = {"torch, padded text": partial(demo, pieces=1, padded=True, overrides=["data.workers=0"])}
     for workers in (1, 2, 3):
@@ -76,31 +95,21 @@ def whole_loops(world: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, colour_shards):
+    """All cases' answers on a number of ranks, which run when it is first asked for."""
     source = {"shards": str(colour_shards / "{00000..00002}.tar")}
-    found = {}
-    for world in WORLDS:
-        cases = {("demo", name): case for name, case in whole_loops(world).items()}
-        for engine, options in ALL_ENGINES.items():
-            for precision in PRECISIONS:
-                chosen = {**options, "train__precision": precision}
-                if (engine, precision) in BAD:
-                    cases["bad", engine, precision] = partial(bad_steps, options=chosen)
-                for optim in ("lamb", "adamw"):
-                    same = {**chosen, "optim__name": optim}
-                    cases["same", optim, engine, precision] = partial(same_gradients, options=same)
-            for loss, loss_options in LOSSES.items():
-                cases["accumulated", loss, engine] = partial(accumulated, options={**options, **loss_options})
-            for pieces in (1, 4):
-                chosen = {**options, "train__micro_batch": 16 // world // pieces}
-                cases["trained", engine, pieces] = partial(trained, source=source, options=chosen)
+
+    @cache
+    def on(world: int) -> dict[tuple, list[Any]]:
+        cases = all_cases(world, source)
         named = {str(number): case for number, case in enumerate(cases.values())}
         answers = run_on_ranks(world, named, tmp_path_factory.mktemp(f"matrix{world}_"))
-        found[world] = dict(zip(cases, answers.values(), strict=True))
-    return found
+        return dict(zip(cases, answers.values(), strict=True))
+
+    return on
 
 
 def of(results, world, *case):
-    answers = results[world][case]
+    answers = results(world)[case]
     for answer in answers:
         if isinstance(answer, RuntimeError):
             raise answer
