@@ -19,6 +19,7 @@ setup(
         "deepspeed>=0.19",
         "timm>=1.0.20",
         "webdataset>=1.0.2",
+        "fsspec>=2024.5",
         "wandb>=0.31",
         "pydantic>=2.10",
         "PyYAML>=6.0",
@@ -34,9 +35,11 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
+        "remote": ["fsspec[http,s3,gs]>=2024.5"],
         "eval": ["scikit-learn>=1.4"],
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "dev": [
+            "fsspec[http]>=2024.5",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -20,8 +20,9 @@ import math
 import os
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from evaclip.errors import EvaclipError
 from evaclip.metrics import check_names
@@ -137,6 +138,27 @@ class History:
         del self._steps[num_rows:]
         del self._offsets[num_rows:]
         self._end = end
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Append rows to a list beside the history, such as ``skipped_steps.jsonl``; each row has a ``step``."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Take the rows after ``step``, and half a line, out of such a list; returns the others."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if (found := _step_of(line.encode())) is not None and found <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+    return [json.loads(line) for line in kept]
 
 
 def load_history(path: Path) -> list[Row]:

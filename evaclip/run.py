@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,7 @@ from evaclip.trial import largest_that_fits
 if TYPE_CHECKING:
     from evaclip.config import RunConfig
     from evaclip.data.batch import Place
+    from evaclip.data.pipeline import BadRecord
     from evaclip.engine.protocol import Engine
     from evaclip.models.clip import CLIP
 
@@ -67,6 +68,8 @@ class Run:
     """Attempted updates."""
     slot_states: dict[int, SlotState] | None = None
     """Of this rank's slots; None before the first step."""
+    skipped: list[BadRecord] = field(default_factory=list)
+    """Records that this rank's slots had to replace since the last row."""
     meter_state: Mapping[str, tuple[float, int]] | None = None
     """Sums of metrics since the last row, of the checkpoint that the run continues; None where it does not."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,17 @@ import xxhash
 from tqdm import tqdm
 
 from evaclip.config import IMAGE_KEYS, DataConfig, RunConfig, ShardSource
+from evaclip.data.index import ensure_index
 from evaclip.data.readers import OpenedSource, ShardReader, SyntheticReader
-from evaclip.data.shards import ShardSet, ensure_index, expand
+from evaclip.data.shards import ShardSet, expand
+from evaclip.data.storage import Cache
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_MOST_NAMES = 20  # damaged shards that are named one by one
 
 
 class ShardFacts(NamedTuple):
@@ -24,6 +31,10 @@ class ShardFacts(NamedTuple):
     records: int
     digest: str
     extensions: tuple[str, ...]
+    lost_records: int
+    """Records that damage has cost, about."""
+    damage: str
+    """The first damaged place, in words; empty if there is none."""
 
 
 def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
@@ -32,7 +43,7 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     Communicates one gather of a few bytes per shard.
 
     Raises:
-        DataError: A shard is missing or damaged, or a source has no images or no captions.
+        DataError: A shard is missing, too much of a source is damaged, or it has no images or no captions.
     """
     tokenizer = Tokenizer(config.model.text.context_length)
     size = config.model.image.image_size
@@ -45,8 +56,10 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
         with agreed(ranks):
             paths = expand(source.shards)
         facts = _count(name, paths, config.data, ranks)
+        _require_little_damage(name, paths, facts, config.data.max_bad_fraction)
         _require_members(name, source, facts)
-        shards = ShardSet(paths, config.data.index_dir, [fact.digest for fact in facts])
+        cache = Cache(Path(config.data.cache_dir), config.data.cache_gib << 30) if config.data.cache_dir else None
+        shards = ShardSet(paths, config.data.index_dir, [fact.digest for fact in facts], cache)
         reader = ShardReader(
             shards, source.captions, config.data.augment, size, config.data.max_image_pixels, tokenizer
         )
@@ -55,16 +68,42 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     return opened
 
 
-def _count(name: str, paths: Sequence[Path], data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
+def _count(name: str, paths: Sequence[str], data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
     mine = paths[ranks.rank :: ranks.world_size]
     quiet = not (ranks.is_main and sys.stderr.isatty())
     facts: list[ShardFacts] = []
     with agreed(ranks):
         for path in tqdm(mine, f"indexing {name}", disable=quiet, leave=False):
             index = ensure_index(path, data.index_dir)
-            facts.append(ShardFacts(index.num_records, index.digest, index.extensions))
+            facts.append(
+                ShardFacts(index.num_records, index.digest, index.extensions, index.lost_records, index.damage)
+            )
     gathered = ranks.gather_objects(facts)
     return [gathered[number % ranks.world_size][number // ranks.world_size] for number in range(len(paths))]
+
+
+def _require_little_damage(name: str, paths: Sequence[str], facts: Sequence[ShardFacts], most: float) -> None:
+    """Name damaged shards; stop where they cost more than ``max_bad_fraction``, or more than a few of small numbers."""
+    records = sum(fact.records for fact in facts)
+    usual = records // max(1, sum(fact.records > 0 for fact in facts))  # of a shard of which nothing is left
+    damaged = [
+        (fact.lost_records if fact.records else usual, f"{path}: {fact.damage}")
+        for path, fact in zip(paths, facts, strict=True)
+        if fact.damage
+    ]
+    for count, what in damaged[:_MOST_NAMES]:
+        log.warning("%s; about %d of its records are lost: restore it", what, count)
+    lost = sum(count for count, _ in damaged)
+    if damaged:
+        log.warning(
+            "source %s: %d of %d shards are damaged and lack about %d records; all that is left is read",
+            *(name, len(damaged), len(facts), lost),
+        )
+    if not records or lost > max(10, most * (lost + records)):
+        raise DataError(
+            f"source {name}: about {lost} of {lost + records} records are lost in {len(damaged)} damaged shards, more "
+            f"than data.max_bad_fraction {most}; the worst is {max(damaged)[1]}; restore the shards or raise the limit"
+        )
 
 
 def _require_members(name: str, source: ShardSource, facts: Sequence[ShardFacts]) -> None:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from evaclip.accounting import Accounting
 from evaclip.accumulation import forward_backward
 from evaclip.anomalies import Anomalies
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
-from evaclip.data.pipeline import SourceAccount, account, require_few_bad
 from evaclip.distributed import Ranks, agreed, started
 from evaclip.errors import EvaclipError, OutOfMemoryError, TrainingStoppedError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
-from evaclip.history import History
+from evaclip.history import History, append_rows, cut_rows
 from evaclip.memory import advice, is_out_of_memory
 from evaclip.meter import Meter, peak_memory_gib
 from evaclip.metrics import Clock, peak_tflops
@@ -93,8 +92,8 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
     batches = iter(run.stream())
     while run.step < steps:
         with report.clock.waiting():
-            micro_batches, states = next(batches)
-        micro_batches = [batch.to(ranks.device, non_blocking=True) for batch in micro_batches]
+            delivery = next(batches)
+        micro_batches = [batch.to(ranks.device, non_blocking=True) for batch in delivery.micro_batches]
         factor = learning_rate_factor(
             run.step, steps=steps, warmup_steps=schedule.warmup_steps, final_fraction=schedule.final_fraction
         )
@@ -103,7 +102,8 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         engine.step(factor, output.loss)
 
         run.step += 1
-        run.slot_states = states
+        run.slot_states = delivery.states
+        run.skipped += delivery.skipped
         report.step(run, micro_batches, output)
         asked = stop.agreed()
         last = run.step == steps
@@ -134,14 +134,13 @@ class Report:
 
     meter: Meter
     anomalies: Anomalies
+    accounting: Accounting
     clock: Clock
     progress: Progress | None
     history: History | None
     tracker: Tracker | None
     evaluated: dict[str, float]
     """Results at the current step, for the checkpoint."""
-    skips_told: dict[str, int] = field(default_factory=dict)
-    """Source -> unusable records when the log last spoke of them."""
 
     def step(self, run: Run, micro_batches: Sequence[Batch], output: LossOutput) -> None:
         """Count one step; nothing here waits for the device."""
@@ -176,7 +175,7 @@ class Report:
             scalars |= dict(zip((f"train/trust_ratio_p{p}" for p in (5, 50, 95)), quantiles, strict=True))
         self.meter.update(scalars)
         values = self.meter.publish()
-        accounts = _accounts(run)
+        self.accounting.collect(run)
         kept = config.model.image.kept_patches
         flops = 3 * forward_flops(config.model, values["data/text_tokens"], kept=kept)
         values |= self.clock.publish(samples=run.samples, flops_per_sample=flops)
@@ -186,16 +185,12 @@ class Report:
             "lr/text": factor * (config.optim.text.lr or config.optim.lr),
             "lr/logit_scale": factor * config.optim.lr,
         }
-        for name, entry in accounts.items():
-            values[f"data/passes/{name}"] = entry.passes
-            values[f"data/delivered/{name}"] = entry.delivered
-            values[f"data/skipped/{name}"] = sum(entry.skipped.values())
+        values |= self.accounting.metrics()
         with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
-                self._tell_skips(accounts)
         self._tell_anomalies(run)
-        require_few_bad(accounts, config.data.max_bad_fraction)
+        self.accounting.require_few_bad(config.data.max_bad_fraction)
         most = config.train.max_consecutive_skipped_steps
         if values["train/consecutive_skips"] >= most:
             raise TrainingStoppedError(
@@ -205,18 +200,10 @@ class Report:
                 f"them, remove the newest checkpoints of {run.directory}, and the run goes on from the one before"
             )
 
-    def _tell_skips(self, accounts: Mapping[str, SourceAccount]) -> None:
-        for name, entry in accounts.items():
-            bad = sum(entry.skipped.values())
-            if bad >= 2 * self.skips_told.get(name, 0) and bad:  # each time they have doubled
-                reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.skipped.items()))
-                log.warning("source %s: records skipped so far: %s", name, reasons)
-                self.skips_told[name] = bad
-
     def _tell_anomalies(self, run: Run) -> None:
         """Name samples of skipped steps and tensors that spiked, in the log and in ``skipped_steps.jsonl``."""
         scaled = run.config.train.precision == "fp16"
-        rows: list[str] = []
+        rows: list[dict[str, object]] = []
         skipped = self.anomalies.skipped_steps(run.ranks)  # equal on all ranks
         for step in skipped if run.ranks.is_main else ():
             if scaled and step.cause != "feature" and math.isfinite(step.loss):
@@ -231,12 +218,11 @@ class Report:
             )
             log.warning("step %d was skipped: loss %.4g, gradient norm %.4g; %s", *step[:3], where)
             row = {"step": step.step, "loss": str(step.loss), "cause": step.cause, "samples": len(step.places)}
-            rows.append(json.dumps({**row, "records": names}) + "\n")
+            rows.append({**row, "records": names})
         if skipped:
             with agreed(run.ranks), writing(f"run_dir {run.directory}"):
                 if rows:
-                    with (run.directory / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
-                        file.writelines(rows)
+                    append_rows(run.directory / "skipped_steps.jsonl", rows)
         for name, multiple in self.anomalies.spikes().items() if run.ranks.is_main else ():
             what = "loss" if name == "loss" else f"update of {name}"
             log.warning("up to step %d the %s was %.1f times its running value", run.step, what, multiple)
@@ -267,6 +253,7 @@ class Report:
     def checkpoint(self, run: Run) -> None:
         """Save; afterwards the rows up to here are final and go to W&B."""
         self._tell_anomalies(run)
+        self.accounting.collect(run)
         with self.clock.paused():
             with agreed(run.ranks), writing("metrics.jsonl"):
                 if self.history:
@@ -274,13 +261,6 @@ class Report:
             run.save(self.evaluated, self.meter.state())
             if self.history and self.tracker:
                 self.tracker.commit(self.history, run.step)
-
-
-def _accounts(run: Run) -> dict[str, SourceAccount]:
-    """The sources' accounts over all ranks."""
-    gathered = run.ranks.gather_objects(run.slot_states or {})
-    states = {slot: state for part in gathered for slot, state in part.items()}
-    return account(run.plan, states)
 
 
 @contextmanager
@@ -292,12 +272,14 @@ def _reporting(run: Run) -> Generator[Report]:
     meter.restore(run.meter_state or {})
     clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(gpu))
     with ExitStack() as cleanup:
-        report = Report(meter, anomalies, clock, None, None, None, {})
+        report = Report(meter, anomalies, Accounting(run), clock, None, None, None, {})
         with agreed(ranks), writing(f"run_dir {run.directory}"):
             if ranks.is_main:
                 report.history = History(run.directory / "metrics.jsonl")
                 cleanup.callback(report.history.close)
-                report.history.truncate(-1 if run.meter_state is None else run.step)
+                restored = -1 if run.meter_state is None else run.step
+                report.history.truncate(restored)
+                cut_rows(run.directory / "skipped_steps.jsonl", restored)
                 resolved = config.model_dump(mode="json")
                 report.tracker = Tracker(run.directory, config.log.wandb, resolved, report.history)
                 report.progress = Progress(steps=config.train.steps, step=run.step)
@@ -305,6 +287,8 @@ def _reporting(run: Run) -> Generator[Report]:
         exit_code = 1
         try:
             yield report
+            for line in report.accounting.lines() if ranks.is_main else ():
+                log.info("%s", line)
             exit_code = 0
         except TrainingStoppedError as stopped:
             exit_code = int(not stopped.can_continue)

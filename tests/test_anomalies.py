@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 from evaclip import anomalies as module
 from evaclip.data.pipeline import Stream
-from evaclip.data.shards import open_index
+from evaclip.data.shards import Shard
 from evaclip.errors import TrainingStoppedError
 from evaclip.loss import ContrastiveLoss
 from evaclip.train import train
@@ -20,19 +20,20 @@ def test_the_sample_with_a_bad_image_is_named_with_its_shard_and_key(tmp_path, c
     original = Stream._join
 
     def join(self, parts):
-        (first, second), states = original(self, parts)
+        delivery = original(self, parts)
+        first, second = delivery.micro_batches
         if next(calls) == 2:
             image = (second.images.float() / 255).index_fill_(0, torch.tensor(3), math.nan)
             second = dataclasses.replace(second, images=image)
             broken.append(second.places[3])
-        return [first, second], states
+        return delivery._replace(micro_batches=[first, second])
 
     calls, broken = iter(range(100)), []
     monkeypatch.setattr(Stream, "_join", join)
     source = {"shards": str(colour_shards / "{00000..00002}.tar")}
     train(tiny_config(tmp_path, source, train__steps=6, train__micro_batch=8, log__every_steps=6))
     shard = colour_shards / f"{broken[0].shard:05d}.tar"
-    name = f"tiny {shard}:{open_index(shard).key(broken[0].record)}"
+    name = f"tiny {shard}:{Shard(shard).key(broken[0].record)}"
     log = (tmp_path / "log.txt").read_text()
     assert f"step 3 was skipped: loss nan, gradient norm nan; the feature of {name} is not finite" in log
     (row,) = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]

@@ -23,12 +23,13 @@ LAYERS = [
     {"models", "loss", "optim", "data", "meter"},
     {"accumulation", "anomalies", "distributed", "engine", "memory", "trial"},
     {"checkpoint", "preemption", "progress", "tracking", "sources"},
-    {"api", "run", "train", "evaluation", "cli", "__main__"},
+    {"api", "run", "accounting", "train", "evaluation", "cli", "__main__"},
 ]
 ONLY_IN = {
     "deepspeed": {"engine.deepspeed_engine"},
     "wandb": {"tracking"},
-    "webdataset": {"data.shards"},
+    "webdataset": {"data.tar"},
+    "fsspec": {"data.storage"},
     "flash_attn": {"models.attention"},
 }
 

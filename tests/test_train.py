@@ -19,7 +19,7 @@ from tiny import SYNTHETIC, tiny_config
 import evaclip
 from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
 from evaclip.config import ModelConfig
-from evaclip.data.shards import open_index
+from evaclip.data.shards import Shard
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingStoppedError
 from evaclip.history import load_history
@@ -270,7 +270,7 @@ def test_the_sigmoid_loss_is_trained_evaluated_continued_and_loaded_with_its_bia
     train(tiny_config(tmp_path, **options, train__steps=6))
     clip = evaclip.load(tmp_path)
     assert clip.logit_bias == rows(tmp_path)[-1]["train/logit_bias"] != -10.0
-    records = [open_index(Path(shards)).read(number).members for number in range(10)]
+    records = [Shard(Path(shards)).read(number).members for number in range(10)]
     with torch.no_grad():
         images = torch.stack([clip.preprocess(Image.open(io.BytesIO(record["jpg"]))) for record in records])
         texts = clip.tokenize([record["txt"].decode() for record in records])

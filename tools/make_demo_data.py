@@ -33,7 +33,8 @@ from demo_pictures import (
     validation_pairs,
 )
 
-from evaclip.data.shards import index_path, open_index, write_shards
+from evaclip.data.index import index_path
+from evaclip.data.shards import Shard, write_shards
 from evaclip.errors import DataError, EvaclipError
 
 NUM_SCENES = 12_000
@@ -59,7 +60,7 @@ def write_training(folder: Path, records: Iterable[dict[str, bytes]]) -> int:
             shard, place = divmod(number, RECORDS_PER_SHARD)
             yield f"{shard:05d}{place:04d}", members
 
-    return sum(open_index(path).num_records for path in write_shards(folder, keyed(), RECORDS_PER_SHARD))
+    return sum(Shard(path).num_records for path in write_shards(folder, keyed(), RECORDS_PER_SHARD))
 
 
 def write_benchmark(
@@ -69,7 +70,7 @@ def write_benchmark(
     split = folder / "test"
     keyed = [(f"s{number:07d}", members) for number, members in enumerate(records)]
     (tar,) = write_shards(split, keyed, len(keyed))
-    index_path(tar, None).rename(index_path(split / "0.tar", None))
+    Path(index_path(tar, None)).rename(index_path(split / "0.tar", None))
     tar.rename(split / "0.tar")
     texts = {"test/nshards.txt": ["1"], "classnames.txt": classes, "zeroshot_classification_templates.txt": templates}
     if not classes:

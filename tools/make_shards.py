@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaclip.config import IMAGE_KEYS
-from evaclip.data.shards import open_index, write_shards
+from evaclip.data.shards import Shard, write_shards
 from evaclip.errors import DataError, EvaclipError
 
 Members = dict[str, bytes]
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
     except (EvaclipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    counts = [open_index(path).num_records for path in paths]
+    counts = [Shard(path).num_records for path in paths]
     print("\n".join([*left_out.lines(), f"{sum(counts):,} records in {len(counts):,} shards: {_pattern(paths)}"]))
     return 0
 

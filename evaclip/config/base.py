@@ -9,6 +9,9 @@ from typing import Annotated, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
+URL_SCHEMES = ("http", "https", "s3", "gs")
+"""Of remote shards."""
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -28,9 +31,10 @@ def _expand(value: object) -> object:
     return os.path.expanduser(re.sub(r"\$\{(\w+)\}", replace, value))  # noqa: PTH111  a pattern, not only a path
 
 
-def _local(value: str) -> str:
-    if value.startswith("pipe:") or "://" in value:
-        raise ValueError("only local paths are read; copy or mount the shards first")
+def _readable(value: str) -> str:
+    scheme, separator, _ = value.partition("://")
+    if value.startswith("pipe:") or (separator and scheme not in URL_SCHEMES):
+        raise ValueError(f"only paths and {', '.join(URL_SCHEMES)} URLs are read; copy or mount the shards first")
     if re.search(r"[*?]", value):
         raise ValueError("wildcards are not expanded; name the shards with braces, as in {00000..00041}.tar")
     return value
@@ -42,7 +46,7 @@ def _listed(value: object) -> object:
 
 
 FilePath = Annotated[str, BeforeValidator(_expand)]
-ShardPattern = Annotated[str, BeforeValidator(_expand), AfterValidator(_local)]
+ShardPattern = Annotated[str, BeforeValidator(_expand), AfterValidator(_readable)]
 ShardPatterns = Annotated[tuple[ShardPattern, ...], BeforeValidator(_listed)]
 
 

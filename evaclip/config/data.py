@@ -18,7 +18,7 @@ class ShardSource(Section):
     kind: Literal["shards"] = "shards"
     """shards (read from tars) or synthetic."""
     shards: ShardPatterns
-    """Local tars: a path or a list, with brace ranges such as ``/data/{00000..00099}.tar``."""
+    """Tars: a path, an http(s), s3 or gs URL, or a list, with brace ranges such as ``/data/{00000..00099}.tar``."""
     weight: PositiveFloat = 1.0
     """Expected share of the samples, relative to the other sources' weights."""
     captions: dict[Name, PositiveFloat] = Field(default={"txt": 1.0}, min_length=1)
@@ -80,6 +80,10 @@ class DataConfig(Section):
     """The run stops when a larger share of the records is unusable."""
     index_dir: FilePath | None = None
     """Where shard indexes are kept; null: beside each shard."""
+    cache_dir: FilePath | None = None
+    """Folder on a fast disk where pieces of remote shards are kept; null: every read goes to the storage."""
+    cache_gib: PositiveInt = 100
+    """Most that the folder holds, in GiB; what was not used for longest goes first."""
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

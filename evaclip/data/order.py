@@ -163,6 +163,16 @@ class Plan:
         """Place, among a window's ``size`` records, of the one that comes ``offset``-th."""
         return permute(offset, size, hash64(self.seed, _RECORDS, self.sources[source].key, pass_number, slot, window))
 
+    def records_between(self, source: int, slot: int, start: Place, stop: Place) -> int:
+        """How many records a slot takes of a source from one place to a later one."""
+        assert start <= stop, f"{start} lies behind {stop}"
+        records, place = stop.offset - start.offset, start
+        while place[:2] < stop[:2]:
+            size = sum(block.size for block in self.window(source, place.pass_number, slot, place.window))
+            records += size
+            place = Place(place.pass_number, place.window + 1) if size else Place(place.pass_number + 1)
+        return records
+
     def sample_seed(self, source: int, pass_number: int, shard: int, record: int) -> int:
         """63 random bits for everything that is random about a sample."""
         order = self.sources[source]
@@ -197,6 +207,11 @@ class SlotState(NamedTuple):
     """Source, reason, number of bad records."""
 
     @classmethod
+    def first(cls, num_sources: int) -> SlotState:
+        """Nothing is taken yet."""
+        return cls((Place(),) * num_sources, (0,) * num_sources)
+
+    @classmethod
     def parse(cls, value: Sequence[Any]) -> SlotState:
         """The state that JSON kept."""
         places, delivered, skipped = value
@@ -213,9 +228,10 @@ class SlotCursor:
     def __init__(self, plan: Plan, slot: int, state: SlotState | None = None) -> None:
         self.plan = plan
         self.slot = slot
-        self._places = list(state.places) if state else [Place() for _ in plan.sources]
-        self._delivered = list(state.delivered) if state else [0] * len(plan.sources)
-        self._skipped = {(source, why): number for source, why, number in state.skipped} if state else {}
+        state = state or SlotState.first(len(plan.sources))
+        self._places = list(state.places)
+        self._delivered = list(state.delivered)
+        self._skipped = {(source, why): number for source, why, number in state.skipped}
         self._windows: dict[int, tuple[tuple[int, int], list[Block], int]] = {}
 
     @property

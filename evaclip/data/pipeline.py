@@ -57,6 +57,24 @@ def make_plan(config: RunConfig, sources: Mapping[str, OpenedSource], slots: int
 # -------------------------------------------------------------------------------------------------------- streaming
 
 
+class BadRecord(NamedTuple):
+    """A record that was skipped."""
+
+    place: Place
+    pass_number: int
+    reason: str
+
+
+class Delivery(NamedTuple):
+    """What a rank has for one step."""
+
+    micro_batches: list[Batch]
+    states: dict[int, SlotState]
+    """Of the rank's slots, behind this step."""
+    skipped: list[BadRecord]
+    """Records that others of the same slots replaced."""
+
+
 class Part(NamedTuple):
     """What a worker delivers for one step."""
 
@@ -70,6 +88,7 @@ class Part(NamedTuple):
     places: list[Place]
     states: list[SlotState]
     """Of the worker's slots, behind this step."""
+    skipped: list[BadRecord]
 
 
 class _SlotParts(IterableDataset[Any]):
@@ -92,8 +111,9 @@ class _SlotParts(IterableDataset[Any]):
         own = slots_of_worker(self.slots, worker.id, worker.num_workers) if worker else self.slots
         cursors = [SlotCursor(self.plan, slot, self.states.get(slot)) for slot in own]
         for _ in range(self.steps):
+            skipped: list[BadRecord] = []
             try:
-                drawn = [self._next(cursor) for cursor in cursors for _ in range(self.per_slot)]
+                drawn = [self._next(cursor, skipped) for cursor in cursors for _ in range(self.per_slot)]
             except DataError as error:  # a worker's exception would arrive as a text with its stack trace
                 yield error
                 return
@@ -105,9 +125,10 @@ class _SlotParts(IterableDataset[Any]):
                 torch.tensor(seeds, dtype=torch.int64),
                 list(places),
                 [cursor.state for cursor in cursors],
+                skipped,
             )
 
-    def _next(self, cursor: SlotCursor) -> tuple[Sample, int, Place]:
+    def _next(self, cursor: SlotCursor, skipped: list[BadRecord]) -> tuple[Sample, int, Place]:
         source = cursor.next_source()
         reasons: list[str] = []
         while True:
@@ -117,6 +138,7 @@ class _SlotParts(IterableDataset[Any]):
                 sample = self.readers[source].load(pick.shard, pick.record, seed)
             except BadRecordError as error:
                 cursor.skip(source, error.reason)
+                skipped.append(BadRecord(Place(source, pick.shard, pick.record), pick.pass_number, error.reason))
                 reasons.append(error.reason)
                 if len(reasons) < _BAD_IN_A_ROW:
                     continue
@@ -131,7 +153,7 @@ class _SlotParts(IterableDataset[Any]):
 
 
 class Stream:
-    """A rank's part of each step as micro-batches, with the state behind it: ``for micro_batches, states in stream``.
+    """A rank's part of each step: micro-batches, the state behind them, and what was skipped on the way.
 
     A step's samples lie in the order of their slots and are cut into ``micro_batches`` runs, equal to within a sample.
     ``states`` maps each of the rank's slots to where it stands; give the union over all ranks back to continue, on
@@ -160,13 +182,13 @@ class Stream:
         self._loader = loader(parts, workers=self._workers, batch_size=None)
         self._pin = ranks.device.type == "cuda"
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], dict[int, SlotState]]]:
+    def __iter__(self) -> Iterator[Delivery]:
         parts = iter(self._loader)
         # Workers answer in turn, so each group of as many parts is one step, in the order of the slots.
         for group in zip(*[parts] * max(1, self._workers), strict=True):
             yield self._join(group)
 
-    def _join(self, parts: Sequence[Part | DataError]) -> tuple[list[Batch], dict[int, SlotState]]:
+    def _join(self, parts: Sequence[Part | DataError]) -> Delivery:
         for part in parts:
             if isinstance(part, DataError):
                 raise part
@@ -191,51 +213,8 @@ class Stream:
             )
             for start, stop in pairwise(bounds)
         ]
-        return [batch.pin_memory() if self._pin else batch for batch in batches], dict(
-            zip(self.slots, states, strict=True)
+        return Delivery(
+            [batch.pin_memory() if self._pin else batch for batch in batches],
+            dict(zip(self.slots, states, strict=True)),
+            [record for part in parts for record in part.skipped],
         )
-
-
-# ------------------------------------------------------------------------------------------------------- accounting
-
-
-class SourceAccount(NamedTuple):
-    """What has become of a source's records; delivered + skipped = taken."""
-
-    passes: float
-    """Passes over the source, the running one as a fraction."""
-    delivered: int
-    skipped: dict[str, int]
-    """Reason -> records."""
-
-
-def account(plan: Plan, states: Mapping[int, SlotState]) -> dict[str, SourceAccount]:
-    """Add up slot states per source."""
-    accounts: dict[str, SourceAccount] = {}
-    for number, source in enumerate(plan.sources):
-        skipped: dict[str, int] = {}
-        for state in states.values():
-            for which, reason, count in state.skipped:
-                if which == number:
-                    skipped[reason] = skipped.get(reason, 0) + count
-        delivered = sum(state.delivered[number] for state in states.values())
-        passes = (delivered + sum(skipped.values())) / source.layout.num_records
-        accounts[source.name] = SourceAccount(passes, delivered, skipped)
-    return accounts
-
-
-def require_few_bad(accounts: Mapping[str, SourceAccount], most: float) -> None:
-    """Stop at too many unusable records; small numbers are given the benefit of the doubt.
-
-    Raises:
-        DataError: A source's share of bad records is above ``most``.
-    """
-    for name, entry in accounts.items():
-        bad = sum(entry.skipped.values())
-        taken = bad + entry.delivered
-        if bad > max(10, most * taken):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.skipped.items()))
-            raise DataError(
-                f"source {name}: {bad} of {taken} records cannot be used ({reasons}), more than "
-                f"data.max_bad_fraction {most}; mend the shards or raise the limit"
-            )

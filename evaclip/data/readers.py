@@ -76,16 +76,14 @@ class ShardReader:
             caption = choose_caption(members, self.captions, seed)
             least = images.min_decode_size(self.image_size, self.augment)
             pixels = images.decode(data, max_pixels=self.max_pixels, min_size=least)
-        except (images.BadImageError, BadCaptionError) as error:
+        except (CorruptRecordError, images.BadImageError, BadCaptionError) as error:
             raise BadRecordError(error.reason) from error
-        except CorruptRecordError as error:
-            raise BadRecordError("checksum") from error
         image = images.train_crop(pixels, self.image_size, self.augment, seed)
         return Sample(image, self.tokenizer.encode(caption))
 
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""
-        return str(self.shards.paths[shard])
+        return self.shards.locations[shard]
 
     def record_name(self, shard: int, record: int) -> str:
         """See ``Reader.record_name``."""

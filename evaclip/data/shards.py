@@ -1,40 +1,34 @@
-"""WebDataset tars: which exist, what is in them, and reading one record by its offset.
+"""Reading records of shards by their offsets, and writing shards.
 
-Every shard has an index: keys, members, offsets, sizes and checksums. It is built once by a scan that accounts for
-every byte up to the end marker, because tar readers stop at the first damaged header without a word. The index's
-digest is the identity of the data: storage can move, content cannot change unseen.
-
-This is the one module that imports webdataset. It does not know what images and captions are.
+A process keeps open what it needs again soon: descriptors of some shards, and of their indexes only the neighbourhood
+of the records it reads. It does not know what images and captions are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tarfile
-import weakref
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
-import webdataset.utils
 import xxhash
-from numpy.typing import NDArray
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
-from webdataset.writer import TarWriter
 
+from evaclip.data.index import ShardIndex, build_index, ensure_index, index_path, read_index, save_index
+from evaclip.data.storage import Cache, File, is_remote, open_file
+from evaclip.data.tar import expand_names, write_tar
 from evaclip.errors import DataError
 
-INDEX_VERSION = 1
-_OPEN_SHARDS = 64  # file descriptors a process keeps
+_OPEN_FILES = 256
+"""Descriptors a process keeps."""
+_PAGE = 64
+"""Records whose part of the index is kept together: a block of the data order, at its default size."""
+_PAGES = 4096
+"""Pages a process keeps: 20 KB each, enough for the windows of 256 slots."""
+_MOST_BYTES = 256 << 20
+"""A longer record is bad: nothing that is called an image and its caption takes so much memory."""
 
-webdataset.utils.enforce_security = True  # type: ignore[attr-defined]
+V = TypeVar("V")
 
 
 class Record(NamedTuple):
@@ -46,218 +40,137 @@ class Record(NamedTuple):
 
 
 class CorruptRecordError(DataError):
-    """A member's bytes differ from the checksum in the index."""
+    """A record's bytes are not those of the index.
+
+    Attributes:
+        reason: The kind of damage, under which it is counted.
+    """
+
+    def __init__(self, message: str, reason: str = "checksum") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """What a tar holds. Records are runs of members with one key; arrays are aligned with the members."""
-
-    tar_size: int
-    keys: tuple[str, ...]
-    extensions: tuple[str, ...]
-    starts: NDArray[np.int64]
-    """First member of each record, and the number of members at the end."""
-    kinds: NDArray[np.int32]
-    """Which of ``extensions`` each member has."""
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    checksums: NDArray[np.uint64]
-    """xxh3 of each member's bytes."""
-
-    @property
-    def num_records(self) -> int:
-        """Records in the shard."""
-        return len(self.keys)
-
-    @property
-    def digest(self) -> str:
-        """Identity of the content: keys, extensions and checksums in order, wherever the bytes lie."""
-        state = xxhash.xxh3_128()
-        state.update("\0".join((*self.keys, "", *self.extensions)).encode())
-        for array in (self.starts, self.kinds, self.sizes, self.checksums):
-            state.update(array.tobytes())
-        return state.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------ finding
-
-
-def expand(pattern: str | Sequence[str]) -> list[Path]:
+def expand(pattern: str | Sequence[str]) -> list[str]:
     """The shards that a pattern names, brace ranges expanded, in order.
 
     Raises:
-        DataError: A path is not local, is missing or is not a file, or there is none at all.
+        DataError: A local path is missing or is not a file, a URL is of an unknown kind, or there is no shard at all.
     """
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    for text in patterns:
-        if text.startswith("pipe:") or "://" in text:
-            raise DataError(f"{text}: only local paths are read; copy or mount the shards first")
-    try:
-        paths = [Path(url) for text in patterns for url in expand_urls(text)]
-    except ValueError as error:
-        raise DataError(f"{patterns}: the braces do not match: {error}") from None
-    if not paths:
-        raise DataError(f"{patterns}: the list of shards is empty; name at least one tar")
-    missing = [path for path in paths if not path.is_file()]
+    names = expand_names(pattern)
+    missing = [Path(name) for name in names if not is_remote(name) and not Path(name).is_file()]
     if missing:
         what = "is a folder, not a shard" if missing[0].is_dir() else "does not exist"
         origin = "" if missing[0].is_absolute() else f", which counts from {Path.cwd()}"
         raise DataError(
-            f"{missing[0]} {what} ({len(missing)} of {len(paths)} shards cannot be used); check the pattern{origin}"
+            f"{missing[0]} {what} ({len(missing)} of {len(names)} shards cannot be used); check the pattern{origin}"
         )
-    return paths
-
-
-# ----------------------------------------------------------------------------------------------------------- indexing
-
-
-def build_index(path: Path) -> ShardIndex:
-    """Scan a tar from end to end.
-
-    Raises:
-        DataError: The file is not a tar, is damaged or cut off, or holds no records.
-    """
-    keys: list[str] = []
-    starts: list[int] = []
-    kinds: list[int] = []
-    extensions: dict[str, int] = {}
-    spans: list[tuple[int, int, int]] = []
-    seen: set[str] = set()
-    with path.open("rb") as file:
-        for name, offset, size in _members(path, file):
-            key, extension = _split(name)
-            if not keys or key != keys[-1] or extension in seen:
-                keys.append(key)
-                starts.append(len(spans))
-                seen = set()
-            seen.add(extension)
-            kinds.append(extensions.setdefault(extension, len(extensions)))
-            checksum = xxhash.xxh3_64_intdigest(os.pread(file.fileno(), size, offset))
-            spans.append((offset, size, checksum))
-        tar_size = os.fstat(file.fileno()).st_size
-    if not keys:
-        raise DataError(f"{path} holds no records; remove it from the list of shards")
-    offsets, sizes, checksums = zip(*spans, strict=True)
-    return ShardIndex(
-        tar_size=tar_size,
-        keys=tuple(keys),
-        extensions=tuple(extensions),
-        starts=np.array([*starts, len(spans)], np.int64),
-        kinds=np.array(kinds, np.int32),
-        offsets=np.array(offsets, np.int64),
-        sizes=np.array(sizes, np.int64),
-        checksums=np.array(checksums, np.uint64),
-    )
-
-
-def _members(path: Path, file: Any) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each file in a tar, and the certainty that nothing follows the last."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.isreg() and _split(info.name)[0]:
-                    yield info.name, info.offset_data, info.size
-                tar.members = []  # type: ignore[attr-defined]  tarfile keeps every header it saw
-            end = cast("int", tar.offset)  # type: ignore[attr-defined]
-    except tarfile.ReadError as error:
-        raise DataError(f"{path} is not a readable tar ({error}); repair it or remove it from the shards") from None
-    file.seek(end)
-    tail = file.read(tarfile.BLOCKSIZE)
-    if tail.count(0) != tarfile.BLOCKSIZE or any(map(any, iter(lambda: file.read(1 << 20), b""))):
-        what = "is cut off" if len(tail) < tarfile.BLOCKSIZE else "is damaged"
-        raise DataError(f"{path} {what} at byte {end}, before its end marker; restore it or remove it from the shards")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Key and extension of a member; an empty key for what is no part of a record."""
-    key, extension = base_plus_ext(name)
-    base = os.path.basename(name)  # noqa: PTH119  a member's name, not a path of this machine
-    if key is None or extension is None or (base.startswith("__") and base.endswith("__")):
-        return "", ""
-    return key, extension.lower()
-
-
-def index_path(shard: Path, index_dir: str | None) -> Path:
-    """Where a shard's index lies: beside it, or in ``index_dir`` under the shard's whole path."""
-    name = f"{shard.name}.index.npz"
-    if index_dir is None:
-        return shard.with_name(name)
-    return Path(index_dir) / f"{xxhash.xxh3_64_hexdigest(os.fsencode(shard.resolve()))}-{name}"
-
-
-def save_index(index: ShardIndex, path: Path) -> None:
-    """Write an index so that half a file never looks like a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                version=np.int64(INDEX_VERSION),
-                tar_size=np.int64(index.tar_size),
-                keys=np.frombuffer("\0".join(index.keys).encode(), np.uint8),
-                extensions=np.frombuffer("\0".join(index.extensions).encode(), np.uint8),
-                starts=index.starts,
-                kinds=index.kinds,
-                offsets=index.offsets,
-                sizes=index.sizes,
-                checksums=index.checksums,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_index(path: Path, tar_size: int) -> ShardIndex | None:
-    """A saved index, or None where there is none that fits a tar of this size."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            if int(saved["version"]) != INDEX_VERSION or int(saved["tar_size"]) != tar_size:
-                return None
-            names = {name: tuple(saved[name].tobytes().decode().split("\0")) for name in ("keys", "extensions")}
-            arrays = {name: saved[name] for name in ("starts", "kinds", "offsets", "sizes", "checksums")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent, torn or of another kind: it is built again
-    return ShardIndex(tar_size, names["keys"], names["extensions"], **arrays)
-
-
-def ensure_index(shard: Path, index_dir: str | None = None) -> ShardIndex:
-    """A shard's index, built and saved if it is absent or of another size of tar.
-
-    Raises:
-        DataError: The shard cannot be indexed, or the index cannot be saved.
-    """
-    path = index_path(shard, index_dir)
-    try:
-        saved = read_index(path, shard.stat().st_size)
-        if saved is not None:
-            return saved
-        index = build_index(shard)
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read ({error.strerror}); check the storage and its permissions") from error
-    try:
-        save_index(index, path)
-    except OSError as error:
-        raise DataError(
-            f"the index {path} cannot be written ({error.strerror}); set data.index_dir to a folder that can"
-        ) from error
-    return index
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-class Shard:
-    """One tar, opened through its index."""
+def read_record(file: File, index: ShardIndex, record: int) -> Record:
+    """Read a record with one request, or two where the first answer is wrong.
 
-    def __init__(self, path: Path, index: ShardIndex) -> None:
-        self.path = path
-        self.index = index
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
+    Raises:
+        CorruptRecordError: A member's bytes do not match their checksum, or are not there.
+        DataError: The storage failed.
+    """
+    first, last = int(index.starts[record]), int(index.starts[record + 1]) - 1
+    start = int(index.offsets[first])
+    length = int(index.offsets[last] + index.sizes[last]) - start
+    where = f"{file.location}: record {index.keys[record]!r}"
+    if length > _MOST_BYTES:
+        raise CorruptRecordError(f"{where} has {length:,} bytes, more than {_MOST_BYTES:,}", "too_many_bytes")
+    for fresh in (False, True):
+        data = file.read(start, length, fresh=fresh)
+        if len(data) != length:
+            raise CorruptRecordError(f"{where} lies behind the end of the file, which was cut off", "cut_off")
+        spans = ((int(index.offsets[m]) - start, int(index.sizes[m])) for m in range(first, last + 1))
+        contents = [data[offset : offset + size] for offset, size in spans]
+        expected = index.checksums[first : last + 1].tolist()
+        if [xxhash.xxh3_64_intdigest(content) for content in contents] == expected:
+            extensions = [index.extensions[int(index.kinds[member])] for member in range(first, last + 1)]
+            return Record(index.keys[record], dict(zip(extensions, contents, strict=True)))
+    raise CorruptRecordError(f"{where} differs from its checksum")
+
+
+class Recent(Generic[V]):
+    """What was used last of things that are costly to make."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[Any, V] = OrderedDict()
+
+    def get(self, key: Any, make: Callable[[], V]) -> V:
+        """The value of a key, made if it is not kept."""
+        value = self._kept.get(key)
+        if value is None:
+            value = self._kept[key] = make()
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return value
+
+
+class ShardSet:
+    """The shards of a source; ``digests`` holds what their indexes must say."""
+
+    def __init__(
+        self, locations: Sequence[str | Path], index_dir: str | None, digests: Sequence[str], cache: Cache | None = None
+    ) -> None:
+        self.locations = tuple(str(location) for location in locations)
+        self.index_dir = index_dir
+        self.digests = tuple(digests)
+        self.cache = cache
+        self._forget()
+
+    def read(self, shard: int, record: int) -> Record:
+        """Read a record.
+
+        Raises:
+            CorruptRecordError: Its bytes are not those of the index.
+            DataError: The storage failed, or the index is not the one that was counted.
+        """
+        file = self._files.get(shard, lambda: open_file(self.locations[shard], self.cache))
+        return read_record(file, self._page(shard, record), record % _PAGE)
+
+    def key(self, shard: int, record: int) -> str:
+        """Key of a record; raises ``DataError`` as ``read`` does."""
+        return self._page(shard, record).keys[record % _PAGE]
+
+    def _page(self, shard: int, record: int) -> ShardIndex:
+        page = record // _PAGE
+        return self._pages.get((shard, page), lambda: self._index(shard).records(page * _PAGE, _PAGE))
+
+    def _index(self, shard: int) -> ShardIndex:
+        location = self.locations[shard]
+        index = read_index(index_path(location, self.index_dir))
+        if index is None or index.digest != self.digests[shard]:
+            what = "is gone" if index is None else "was replaced"
+            raise DataError(f"the index of {location} {what} while the run read it; restore it, or use a new run_dir")
+        return index
+
+    def _forget(self) -> None:
+        self._files: Recent[File] = Recent(_OPEN_FILES)
+        self._pages: Recent[ShardIndex] = Recent(_PAGES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in {"_files", "_pages"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class Shard:
+    """One tar, opened through its index, which is built and saved where it is missing (see ``ensure_index``)."""
+
+    def __init__(self, location: str | Path, index_dir: str | None = None) -> None:
+        self.index = ensure_index(location, index_dir)
+        self._file = open_file(str(location))
 
     @property
     def num_records(self) -> int:
@@ -269,71 +182,8 @@ class Shard:
         return self.index.keys[record]
 
     def read(self, record: int) -> Record:
-        """Read a record with one request.
-
-        Raises:
-            CorruptRecordError: A member's bytes do not match their checksum.
-            DataError: The tar is shorter than its index says.
-        """
-        index = self.index
-        first, last = int(index.starts[record]), int(index.starts[record + 1]) - 1
-        start = int(index.offsets[first])
-        length = int(index.offsets[last] + index.sizes[last]) - start
-        data = os.pread(self._descriptor, length, start)
-        if len(data) != length:
-            raise DataError(f"{self.path} ends before record {self.key(record)!r}: it changed since it was indexed")
-        members: dict[str, bytes] = {}
-        for member in range(first, last + 1):
-            offset, size = int(index.offsets[member]) - start, int(index.sizes[member])
-            content = data[offset : offset + size]
-            if xxhash.xxh3_64_intdigest(content) != int(index.checksums[member]):
-                raise CorruptRecordError(f"{self.path}: record {self.key(record)!r} differs from its checksum")
-            members[index.extensions[index.kinds[member]]] = content
-        return Record(self.key(record), members)
-
-
-def open_index(path: Path, index_dir: str | None = None) -> Shard:
-    """A shard ready to read; see ``ensure_index``."""
-    return Shard(path, ensure_index(path, index_dir))
-
-
-class ShardSet:
-    """The shards of a source, a bounded number of them open; ``digests`` holds what their indexes must say."""
-
-    def __init__(self, paths: Sequence[Path], index_dir: str | None, digests: Sequence[str]) -> None:
-        self.paths = tuple(paths)
-        self.index_dir = index_dir
-        self.digests = tuple(digests)
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-
-    def read(self, shard: int, record: int) -> Record:
-        """Read a record.
-
-        Raises:
-            CorruptRecordError: A member's bytes do not match their checksum.
-            DataError: The shard is not the one that was counted.
-        """
-        return self._shard(shard).read(record)
-
-    def key(self, shard: int, record: int) -> str:
-        """Key of a record; raises ``DataError`` as ``read`` does."""
-        return self._shard(shard).key(record)
-
-    def _shard(self, shard: int) -> Shard:
-        opened = self._open.get(shard)
-        if opened is None:
-            path = self.paths[shard]
-            opened = open_index(path, self.index_dir)
-            if opened.index.digest != self.digests[shard]:
-                raise DataError(f"{path} was replaced while the run read it; restore it, or use a new run_dir")
-            self._open[shard] = opened
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(shard)
-        return opened
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        """Read a record; raises as ``read_record``."""
+        return read_record(self._file, self.index, record)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -354,13 +204,7 @@ def write_shards(
     iterator = iter(records)
     for first in iterator:
         path = folder / f"{len(paths):05d}.tar"
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file, contextlib.closing(TarWriter(file, mtime=0.0)) as tar:
-            for count, (key, members) in enumerate(chain([first], iterator), 1):
-                tar.write({"__key__": key, **members})  # type: ignore[no-untyped-call]
-                if count == records_per_shard:
-                    break
-        temporary.replace(path)
+        write_tar(path, chain([first], islice(iterator, records_per_shard - 1)))
         save_index(build_index(path), index_path(path, None))
         paths.append(path)
     if not paths:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from evaclip.config import IMAGE_KEYS, EvalDataset, ImageTowerConfig, ZeroShotDataset
 from evaclip.data.images import BadImageError, eval_crop, load_eval
-from evaclip.data.shards import ShardSet, ensure_index, expand
+from evaclip.data.index import ensure_index
+from evaclip.data.shards import ShardSet, expand
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
 
@@ -61,7 +62,7 @@ class Records:
         shard = bisect.bisect_right(self.ends, number)
         start = self.ends[shard - 1] if shard else 0
         key, members = self.shards.read(shard, number - start)
-        return EvalRecord(f"{self.shards.paths[shard]}: record {key!r}", members)
+        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", members)
 
 
 def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> Records:
@@ -74,11 +75,14 @@ def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> R
     """
     folder = Path(dataset.path).is_dir()
     mine: list[tuple[int, str]] = []
-    paths: list[Path] = []
+    paths: list[str] = []
     with agreed(ranks):
         paths = _folder_shards(Path(dataset.path), dataset.split) if folder else expand(dataset.path)
-        indexes = (ensure_index(path, index_dir) for path in paths[ranks.rank :: ranks.world_size])
-        mine = [(index.num_records, index.digest) for index in indexes]
+        for path in paths[ranks.rank :: ranks.world_size]:
+            index = ensure_index(path, index_dir)
+            if index.damage:
+                raise DataError(f"{path}: {index.damage}; restore it, evaluation skips nothing")
+            mine.append((index.num_records, index.digest))
     gathered = ranks.gather_objects(mine)
     counts, digests = zip(
         *(gathered[i % ranks.world_size][i // ranks.world_size] for i in range(len(paths))), strict=True
@@ -88,7 +92,7 @@ def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> R
     return Records(ShardSet(paths, index_dir, digests), ends, count, caption_per_line=folder)
 
 
-def _folder_shards(root: Path, split: str) -> list[Path]:
+def _folder_shards(root: Path, split: str) -> list[str]:
     listing = root / split / "nshards.txt"
     if not listing.is_file():
         splits = ", ".join(sorted(path.parent.name for path in root.glob("*/nshards.txt")))

@@ -158,7 +158,7 @@ def same_gradients(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> di
     sources = open_sources(config, ranks)
     stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=STEPS, states={})
     collectives = []
-    for micro_batches, _ in stream:
+    for micro_batches, *_ in stream:
         output = forward_backward(engine, loss, micro_batches, ranks)
         for parameter, master in zip(clip.parameters(), masters_of(engine, clip), strict=True):
             peer_parameter = peers[names[id(parameter)]]
@@ -306,7 +306,7 @@ def batches(ranks: Ranks, folder: Path, *, source: dict[str, Any], workers: int)
     sources = open_sources(config, ranks)
     plan = make_plan(config, sources, choose_slots(16, ranks.world_size, 8))
     found = []
-    for (batch,), _ in Stream(config, plan, sources, ranks, steps=12, states={}):
+    for (batch,), *_ in Stream(config, plan, sources, ranks, steps=12, states={}):
         text = [batch.text.ids.tolist(), batch.text.restore.tolist()]
         captions = _unpacked(*text, batch.text.cu_seqlens.tolist())
         rows = zip(batch.images, captions, batch.seeds.tolist(), strict=True)
@@ -324,7 +324,7 @@ def trial(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> list[bool]:
     run = open_run(config, ranks)
     optimizer = run.engine.optimizer
     optimizer.grad_scale.clamp_(max=1024.0)
-    ((batches, _), *_) = run.stream()
+    ((batches, *_), *_) = run.stream()
 
     def step() -> None:
         run.engine.step(1.0, forward_backward(run.engine, run.loss, batches, ranks).loss)
@@ -359,7 +359,7 @@ def bad_steps(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> dict[st
     sources = open_sources(config, ranks)
     stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=6, states={}, micro_batches=2)
     found: dict[str, Any] = {}
-    for number, (poison, (batches, _)) in enumerate(zip(("", *POISONS, "again"), stream, strict=True)):
+    for number, (poison, (batches, *_)) in enumerate(zip(("", *POISONS, "again"), stream, strict=True)):
         target = torch.zeros(1)  # on the last rank a weight of a block
         if bad_rank:
             target = next(piece for piece in optimizer.local_pieces() if "blocks" in piece.row.name).weight[:1]

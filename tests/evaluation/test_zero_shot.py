@@ -150,7 +150,7 @@ def test_a_bad_record_is_one_clear_line_from_a_worker_too(folder, records, measu
         ("test/nshards.txt", "none", r"nshards\.txt holds 'none'; it must hold the number of shards"),
         ("test/nshards.txt", "0", r"nshards\.txt holds '0'; it must hold the number of shards, at least 1"),
         ("test/nshards.txt", "4", r"3\.tar does not exist"),
-        ("test/1.tar", b"not a tar", r"1\.tar is not a readable tar"),
+        ("test/1.tar", b"not a tar", r"1\.tar: the file is cut off at byte 0; restore it"),
     ],
 )
 def test_what_is_missing_from_the_folder_is_named(dataset, tmp_path, measure, file, content, message):

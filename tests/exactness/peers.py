@@ -100,7 +100,7 @@ def lamb(ranks: Ranks, folder: Path, *, engine: str, peer: bool, layers: bool) -
     sources = open_sources(config, ranks)
     stream = Stream(config, make_plan(config, sources, 16), sources, ranks, steps=STEPS[-1], states={})
     found: dict[str, float] = {}
-    for step, (micro_batches, _) in enumerate(stream, 1):
+    for step, (micro_batches, *_) in enumerate(stream, 1):
         output = forward_backward(chosen, loss, micro_batches, ranks)
         for name, p in clip.named_parameters():
             gradient: Any = ranks.sum(_gradient(p).clone()) if engine == "torch" else safe_get_full_grad(p)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from evaclip.config import RetrievalDataset, ValidationLossDataset, ZeroShotDataset
-from evaclip.data.shards import open_index
+from evaclip.data.shards import Shard
 from evaclip.distributed import Ranks
 from evaclip.evaluation.datasets import captions_of, class_names_of, label_of, open_records, templates_of
 
@@ -30,7 +30,7 @@ def demo(tmp_path_factory):
 
 
 def records(folder):
-    shards = [open_index(path) for path in sorted(folder.glob("*.tar"))]
+    shards = [Shard(path) for path in sorted(folder.glob("*.tar"))]
     return [shard.read(number) for shard in shards for number in range(shard.num_records)]
 
 

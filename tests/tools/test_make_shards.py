@@ -4,13 +4,15 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import index_shards
 import make_shards
 import pytest
 from PIL import Image
 
-from evaclip.data.shards import index_path, open_index, write_shards
+from evaclip.data.index import index_path
+from evaclip.data.shards import Shard, write_shards
 
 
 def picture(shade: int, kind: str = "JPEG") -> bytes:
@@ -31,7 +33,7 @@ def photos(tmp_path):
 
 
 def read(paths):
-    shards = [open_index(path) for path in paths]
+    shards = [Shard(path) for path in paths]
     return [shard.read(number) for shard in shards for number in range(shard.num_records)]
 
 
@@ -159,7 +161,7 @@ def test_records_are_split_into_shards_with_img2datasets_keys(photos, tmp_path, 
     assert [path.name for path in paths] == ["00000.tar", "00001.tar", "00002.tar"]
     assert [record.key for record in read(paths)] == ["000000000", "000000001", "000010000", "000010001", "000020000"]
     assert f"5 records in 3 shards: {tmp_path}/out/{{00000..00002}}.tar" in capsys.readouterr().out
-    assert all(index_path(path, None).is_file() for path in paths)
+    assert all(Path(index_path(path, None)).is_file() for path in paths)
 
 
 def test_keys_stay_distinct_in_shards_of_more_than_10000_records():
@@ -205,7 +207,7 @@ def test_records_per_shard_must_be_positive(tmp_path, capsys, number):
 def shards_without_index(folder, count):
     paths = write_shards(folder, ((f"{number:03d}", {"txt": b"x"}) for number in range(2 * count)), 2)
     for path in paths:
-        index_path(path, None).unlink()
+        Path(index_path(path, None)).unlink()
     return paths
 
 
@@ -214,8 +216,9 @@ def test_existing_shards_are_indexed_and_counted(tmp_path, capsys):
     assert index_shards.main([f"{tmp_path}/{{00000..00002}}.tar", str(paths[0]), "--processes", "2"]) == 0
     out = capsys.readouterr().out
     assert sorted(out.splitlines()[:-1]) == [f"{path}: 2 records" for path in paths]
-    assert re.fullmatch(r"6 records in 3 of 3 shards, \d+\.\d s", out.splitlines()[-1])
-    assert all(index_path(path, None).is_file() for path in paths)
+    text = r"6 records in 3 shards, 0\.0 GB, \d+\.\d s; 160,000 such shards: \d+\.\d h on this machine"
+    assert re.fullmatch(text, out.splitlines()[-1])
+    assert all(Path(index_path(path, None)).is_file() for path in paths)
 
 
 def test_damaged_shards_are_all_named_and_the_others_indexed(tmp_path, capsys):
@@ -225,19 +228,33 @@ def test_damaged_shards_are_all_named_and_the_others_indexed(tmp_path, capsys):
     assert index_shards.main([str(tmp_path / "{00000..00002}.tar"), "--index-dir", str(tmp_path / "indexes")]) == 1
     captured = capsys.readouterr()
     first, second = captured.err.splitlines()
-    assert first.startswith(f"error: {paths[0]} ")
-    assert second.startswith(f"error: {paths[2]} is not a readable tar")
-    assert captured.out.splitlines()[-1].startswith("2 records in 1 of 3 shards")
-    assert index_path(paths[1], str(tmp_path / "indexes")).is_file()
+    assert first == f"error: {paths[0]}: a damaged header at byte 0; restore it"
+    assert second == f"error: {paths[2]}: the file is cut off at byte 0; restore it"
+    assert captured.out.splitlines()[-1].startswith("2 records in 3 shards")
+    assert Path(index_path(paths[1], str(tmp_path / "indexes"))).is_file()
+
+
+def test_tasks_of_a_slurm_array_share_the_shards(tmp_path, capsys, monkeypatch):
+    paths = shards_without_index(tmp_path, 3)
+    task = {"SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for number, own in (("2", [paths[0], paths[2]]), ("4", [paths[1]])):
+        for name, value in {**task, "SLURM_ARRAY_TASK_ID": number}.items():
+            monkeypatch.setenv(name, value)
+        assert index_shards.main([str(tmp_path / "{00000..00002}.tar"), "--processes", "1"]) == 0
+        assert sorted(capsys.readouterr().out.splitlines()[:-1]) == [f"{path}: 2 records" for path in own]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "9")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "18")
+    assert index_shards.main([str(tmp_path / "{00000..00002}.tar")]) == 0
+    assert capsys.readouterr().out == "this task of the array has no shards\n"
 
 
 def test_rebuild_notices_other_content_of_the_same_size(tmp_path):
     (path,) = write_shards(tmp_path, [("a", {"txt": b"old"})], 1)
-    before = open_index(path).index.digest
+    before = Shard(path).index.digest
     path.write_bytes(path.read_bytes().replace(b"old", b"new"))
     assert index_shards.main([str(path), "--rebuild"]) == 0
-    assert open_index(path).index.digest != before
-    assert open_index(path).read(0).members == {"txt": b"new"}
+    assert Shard(path).index.digest != before
+    assert Shard(path).read(0).members == {"txt": b"new"}
 
 
 def test_missing_shards_are_refused(tmp_path, capsys):

@@ -1,0 +1,95 @@
+"""What has become of every record: delivered + skipped = taken, and taken = what the order says.
+
+Pure functions of plans and slot states. How the numbers are published, and where bad records are listed, is decided
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from evaclip.data.order import Plan, SlotState
+from evaclip.errors import DataError
+
+
+class SourceAccount(NamedTuple):
+    """What has become of a source's records."""
+
+    passes: float
+    """Passes over the source, the running one as a fraction."""
+    delivered: int
+    skipped: dict[str, int]
+    """Reason -> records."""
+
+    @property
+    def num_skipped(self) -> int:
+        """Records that were skipped for any reason."""
+        return sum(self.skipped.values())
+
+    @property
+    def reasons(self) -> str:
+        """The reasons in words."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
+
+
+def account(plan: Plan, states: Mapping[int, SlotState]) -> dict[str, SourceAccount]:
+    """Add up slot states per source."""
+    accounts: dict[str, SourceAccount] = {}
+    for number, source in enumerate(plan.sources):
+        skipped: Counter[str] = Counter()
+        for state in states.values():
+            skipped.update({reason: count for which, reason, count in state.skipped if which == number})
+        delivered = sum(state.delivered[number] for state in states.values())
+        passes = (delivered + skipped.total()) / source.layout.num_records
+        accounts[source.name] = SourceAccount(passes, delivered, dict(skipped))
+    return accounts
+
+
+def require_balance(plan: Plan, before: Mapping[int, SlotState], after: Mapping[int, SlotState]) -> None:
+    """Check that slots took, between two states, the records that lie between the two, each once.
+
+    Raises:
+        DataError: A slot has delivered and skipped more or fewer.
+    """
+    for slot, state in after.items():
+        start = before.get(slot) or SlotState.first(len(plan.sources))
+        for number, source in enumerate(plan.sources):
+            counted = _taken(state, number) - _taken(start, number)
+            expected = plan.records_between(number, slot, start.places[number], state.places[number])
+            if counted != expected:
+                place = state.places[number]
+                window = plan.window(number, place.pass_number, slot, place.window)
+                shards = sorted({block.shard for block in window})
+                raise DataError(
+                    f"source {source.name}, slot {slot}: {counted} records were delivered or skipped where the order "
+                    f"has {expected} (pass {place.pass_number}, window {place.window}, shards number "
+                    f"{', '.join(map(str, shards))}); the state is damaged: go on from an older checkpoint"
+                )
+
+
+def _taken(state: SlotState, source: int) -> int:
+    return state.delivered[source] + sum(count for which, _, count in state.skipped if which == source)
+
+
+def require_few_bad(accounts: Mapping[str, SourceAccount], most: float, worst: Mapping[str, str]) -> None:
+    """Stop at too many unusable records; small numbers are given the benefit of the doubt.
+
+    Args:
+        accounts: Source -> account.
+        most: Largest allowed share of bad records.
+        worst: Source -> its shard with the most bad records, in words.
+
+    Raises:
+        DataError: A source's share of bad records is above ``most``.
+    """
+    for name, entry in accounts.items():
+        bad = entry.num_skipped
+        taken = bad + entry.delivered
+        if bad > max(10, most * taken):
+            raise DataError(
+                f"source {name}: {bad} of {taken} records cannot be used ({entry.reasons}), more than "
+                f"data.max_bad_fraction {most}; the worst shard is {worst.get(name, 'not known')}; mend the shards "
+                f"(bad_records.jsonl names the records) or raise the limit"
+            )

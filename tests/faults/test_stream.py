@@ -1,0 +1,247 @@
+"""Hundreds of damaged shards: whatever is wrong with them, every record is delivered, or counted and named.
+
+A trial writes four shards, breaks records before and bytes after they are written, with or without an index of the
+intact bytes, and reads a whole pass. What must become of each record follows from where the damage lies.
+"""
+
+import io
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+from tiny import jpeg, tiny_config
+
+from evaclip.data.accounts import account, require_balance
+from evaclip.data.index import build_index, index_path, read_index
+from evaclip.data.order import choose_slots
+from evaclip.data.pipeline import Stream, make_plan
+from evaclip.data.shards import write_shards
+from evaclip.distributed import Ranks
+from evaclip.errors import DataError
+from evaclip.sources import open_sources
+
+RECORDS, SHARDS = 25, 4
+GOOD, BAD, EITHER = "delivered", "skipped", "either"
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(height, width):
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def bomb():
+    """A PNG of 400 megapixels in 50 KB."""
+    return encoded(Image.new("1", (20_000, 20_000)), "PNG")
+
+
+BOMB = bomb()
+JPEG = jpeg((200, 60, 60), size=48)
+CMYK = encoded(Image.fromarray(noise(24, 24)).convert("CMYK"), "JPEG")
+DEEP = encoded(Image.fromarray(noise(24, 24)[..., 0].astype(np.uint16) * 257), "PNG")
+MOVING = encoded(Image.new("P", (24, 24)), "GIF", save_all=True, append_images=[Image.new("P", (24, 24), 1)])
+STRIP = simplejpeg.encode_jpeg(noise(1, 30_000))
+
+CONTENT_FAULTS = {  # kind -> change of the members, what becomes of the record
+    "truncated JPEG": ({"jpg": JPEG[: len(JPEG) // 2]}, BAD),
+    "truncated JPEG with its end marker restored": ({"jpg": JPEG[: len(JPEG) // 2] + b"\xff\xd9"}, BAD),
+    "PNG bomb": ({"jpg": BOMB}, BAD),
+    "30000 x 1 image": ({"jpg": STRIP}, GOOD),
+    "1 x 1 image": ({"jpg": jpeg((9, 9, 9), size=1)}, GOOD),
+    "CMYK image": ({"jpg": CMYK}, GOOD),
+    "16-bit image": ({"jpg": DEEP}, GOOD),
+    "animated image": ({"jpg": MOVING}, GOOD),
+    "random bytes as image": ({"jpg": noise(20, 20).tobytes()}, BAD),
+    "no bytes as image": ({"jpg": b""}, BAD),
+    "no image": ({"jpg": None}, BAD),
+    "caption not in UTF-8": ({"txt": b"caf\xe9"}, BAD),
+    "empty caption": ({"txt": b"  \n"}, BAD),
+    "huge caption": ({"txt": b"words " * 100_000}, GOOD),
+    "no caption": ({"txt": None}, BAD),
+    "unknown members": ({"exe": b"MZ" * 500, "pickle": b"cos\nsystem\n"}, GOOD),
+}
+TAR_FAULTS = (
+    "cut off between members", "cut off within a member", "random header", "zeroed header", "early end marker",
+    "flipped byte",
+)  # fmt: skip
+
+
+class Name(NamedTuple):
+    """A record as it was written."""
+
+    shard: int
+    key: str
+
+
+@dataclass
+class Trial:
+    """What was done to some shards, and what must become of their records."""
+
+    folder: Path
+    outcome: dict[Name, str] = field(default_factory=dict)
+    lost: set[Name] = field(default_factory=set)
+    """Records that need not be in the index, if the shard's damage is told."""
+    damaged: set[int] = field(default_factory=set)
+    faults: Counter = field(default_factory=Counter)
+
+
+def make_trial(folder, random):
+    trial = Trial(folder)
+    for shard in range(SHARDS):
+        chosen = random.choice(list(CONTENT_FAULTS), random.integers(0, 5))
+        places = random.choice(RECORDS, len(chosen), replace=False).tolist()
+        broken = dict(zip(places, chosen.tolist(), strict=True))
+        path = folder / f"{shard:05d}.tar"
+        (written,) = write_shards(folder / "new", _records(trial, shard, broken, random), RECORDS + 2)
+        written.rename(path)
+        Path(index_path(written, None)).rename(index_path(path, None))
+        if random.random() < 0.7:
+            _break(trial, shard, path, str(random.choice(TAR_FAULTS)), random)
+    return trial
+
+
+def _records(trial, shard, broken, random):
+    twice = int(random.integers(0, RECORDS)) if random.random() < 0.3 else None
+    for number in range(RECORDS):
+        name = Name(shard, f"{shard}{number:04d}")
+        members = {"jpg": JPEG, "txt": f"record {name.key}".encode()}
+        trial.outcome[name] = GOOD
+        if number in broken:
+            change, trial.outcome[name] = CONTENT_FAULTS[broken[number]]
+            members = {key: value for key, value in {**members, **change}.items() if value is not None}
+            trial.faults[broken[number]] += 1
+        yield name.key, members
+        if number == twice and number not in broken:
+            trial.faults["duplicate key"] += 1
+            yield name.key, members
+
+
+def _break(trial, shard, path, kind, random):
+    """Damage a tar's bytes; an index of the intact bytes is there or not."""
+    index = build_index(path)
+    indexed = bool(random.integers(0, 2)) or kind == "flipped byte"  # without one, nobody knows what the byte was
+    content = bytearray(path.read_bytes())
+    member = int(random.integers(2, len(index.offsets)))
+    offset, size = int(index.offsets[member]), int(index.sizes[member])
+    record = int(np.searchsorted(index.starts, member, side="right")) - 1
+    before = int(index.offsets[member - 1] + index.sizes[member - 1])
+    header = -(-before // 512) * 512  # the first of the member's header blocks
+    names = [Name(shard, key) for key in index.keys]
+    trial.faults[f"{kind}, {'with' if indexed else 'without'} an index"] += 1
+    if kind == "flipped byte":
+        if not size:
+            trial.faults[f"{kind}, with an index"] -= 1
+            return
+        content[offset + int(random.integers(size))] ^= 1 << int(random.integers(8))
+        trial.outcome[names[record]] = BAD
+    elif kind.startswith("cut off"):
+        cut = header if kind.endswith("between members") else offset + max(0, size - 1)
+        del content[cut:]
+        trial.damaged.add(shard)
+        for name in names[record:]:
+            trial.outcome[name] = BAD
+            trial.lost.add(name)
+        if indexed and size == 0 and kind.endswith("within a member"):
+            trial.outcome[names[record]] = EITHER
+        if not indexed:
+            trial.outcome[names[record]] = EITHER if size == 0 else BAD
+    elif kind == "early end marker":
+        content[header:header] = bytes(1024)
+        trial.damaged.add(shard)
+    else:
+        block = random.integers(0, 256, 512, dtype=np.uint8).tobytes() if kind == "random header" else bytes(512)
+        content[header : header + 512] = block
+        if not indexed:
+            trial.damaged.add(shard)
+            trial.outcome[names[record]] = EITHER  # an extended header can go without harm
+            trial.lost.add(names[record])
+    path.write_bytes(content)
+    if not indexed:
+        Path(index_path(path, None)).unlink()
+
+
+def read_a_pass(trial):
+    """Names delivered and skipped (with reasons) until every slot has begun its second pass."""
+    source = {"shards": str(trial.folder / f"{{00000..{SHARDS - 1:05d}}}.tar")}
+    changes = {"train__global_batch": 20, "data__slots": 4, "data__max_bad_fraction": 0.9}
+    config = tiny_config(trial.folder / "run", source, **changes)
+    sources = open_sources(config, Ranks())
+    plan = make_plan(config, sources, choose_slots(20, 1, 4))
+    reader = sources["tiny"].reader
+    delivered, skipped, before = Counter(), Counter(), {}
+
+    def name(place):
+        location, _, key = reader.record_name(place.shard, place.record).rpartition(":")
+        return Name(int(Path(location).stem), key), place
+
+    for delivery in Stream(config, plan, sources, Ranks(), steps=100, states={}):
+        delivered.update(name(place) for batch in delivery.micro_batches for place in batch.places)
+        skipped.update((*name(record.place), record.reason) for record in delivery.skipped)
+        require_balance(plan, before, delivery.states)
+        before = delivery.states
+        if all(state.places[0].pass_number > 0 for state in before.values()):
+            break
+    total = account(plan, before)["tiny"]
+    assert (total.delivered, total.num_skipped) == (delivered.total(), skipped.total())
+    assert total.skipped == Counter({r: sum(n for (*_, why), n in skipped.items() if why == r) for *_, r in skipped})
+    places = {place for _, place in delivered} | {place for _, place, _ in skipped}
+    assert len(places) == sum(sources["tiny"].shard_records), "delivered + skipped = indexed"
+    return {name for name, _ in delivered}, {name: reason for name, _, reason in skipped}
+
+
+def check(trial, caplog):
+    caplog.clear()
+    delivered, skipped = read_a_pass(trial)
+    told = {shard for shard in range(SHARDS) if f"{shard:05d}.tar" in caplog.text}
+    assert trial.damaged <= told, "damage is told by the shard's name"
+    for name, outcome in trial.outcome.items():
+        found = name in delivered, name in skipped
+        if name in trial.lost and not any(found):
+            continue
+        allowed = {GOOD: [(True, False)], BAD: [(False, True)], EITHER: [(True, False), (False, True)]}[outcome]
+        assert found in allowed, (name, outcome, found, skipped.get(name))
+    return Counter(skipped.values())
+
+
+@pytest.mark.parametrize("faults", [60, pytest.param(1000, marks=pytest.mark.faults)])
+def test_every_record_of_damaged_shards_is_delivered_or_named(tmp_path, faults, caplog):
+    caplog.set_level(logging.WARNING)
+    injected, reasons, number = Counter(), Counter(), 0
+    while injected.total() < faults:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trial = make_trial(folder, np.random.default_rng([7, number]))
+        reasons += check(trial, caplog)
+        injected += trial.faults
+        number += 1
+    if faults == 1000:
+        missing = {*CONTENT_FAULTS} - {*injected}
+        assert not missing
+        assert all(any(kind.startswith(fault) for kind in injected) for fault in TAR_FAULTS)
+    assert {"checksum", "undecodable", "no_caption", "no_image", "too_large"} <= {*reasons}
+
+
+def test_too_much_damage_stops_the_run_and_names_the_worst_shard(tmp_path):
+    paths = write_shards(tmp_path, ((f"{n:04d}", {"jpg": JPEG, "txt": b"words"}) for n in range(100)), 50)
+    index = build_index(paths[1])
+    content = bytearray(paths[1].read_bytes())
+    for member in range(60):
+        content[int(index.offsets[member]) - 512 : int(index.offsets[member])] = bytes(512)
+    paths[1].write_bytes(content)
+    Path(index_path(paths[1], None)).unlink()
+    config = tiny_config(tmp_path / "run", {"shards": str(tmp_path / "{00000..00001}.tar")})
+    with pytest.raises(
+        DataError, match=r"source tiny: about \d+ of \d+ records are lost in 1 damaged shards.*00001\.tar"
+    ):
+        open_sources(config, Ranks())
+    assert read_index(index_path(paths[1], None)).gaps, "the next start need not scan again"
