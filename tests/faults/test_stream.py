@@ -6,6 +6,8 @@ intact bytes, and reads a whole pass. What must become of each record follows fr
 
 import io
 import logging
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import simplejpeg
 from PIL import Image
 from tiny import jpeg, tiny_config
 
+from evaclip.data import shards
 from evaclip.data.accounts import account, require_balance
 from evaclip.data.index import build_index, index_path, read_index
 from evaclip.data.order import choose_slots
@@ -245,3 +248,102 @@ def test_too_much_damage_stops_the_run_and_names_the_worst_shard(tmp_path):
     ):
         open_sources(config, Ranks())
     assert read_index(index_path(paths[1], None)).gaps, "the next start need not scan again"
+
+
+# ------------------------------------------------------------------------------------------------------ during the run
+
+
+def stream_of(folder, **changes):
+    source = {"shards": str(folder / "{00000..00003}.tar")}
+    options = {"train__global_batch": 20, "data__slots": 4, "data__max_bad_fraction": 0.9, **changes}
+    config = tiny_config(folder / "run", source, **options)
+    sources = open_sources(config, Ranks())
+    return Stream(config, make_plan(config, sources, 4), sources, Ranks(), steps=200, states={})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_shards(tmp_path, ((f"{n:04d}", {"jpg": JPEG, "txt": b"words"}) for n in range(100)), 25)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanishes_stops_the_run_with_its_name(folder, workers, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_FILES", 1)  # so that it is opened again
+    stream = iter(stream_of(folder, data__workers=workers))
+    next(stream)
+    (folder / "00002.tar").unlink()
+    with pytest.raises(DataError, match=r"00002.tar cannot be read \(No such file or directory\); check the path"):
+        for _ in stream:
+            pass
+
+
+def test_a_shard_that_is_cut_off_during_the_run_costs_its_records_alone(folder):
+    stream = iter(stream_of(folder))
+    next(stream)
+    with (folder / "00002.tar").open("r+b") as file:
+        file.truncate(20_000)
+    reasons = Counter()
+    for _ in range(20):
+        reasons.update((record.reason, record.place.shard) for record in next(stream).skipped)
+    assert {*reasons} == {("cut_off", 2)}
+
+
+def test_a_shard_whose_bytes_change_during_the_run_costs_its_records_alone(folder):
+    stream = iter(stream_of(folder))
+    next(stream)
+    (folder / "00002.tar").write_bytes(bytes((folder / "00002.tar").stat().st_size))
+    reasons = Counter()
+    for _ in range(20):
+        reasons.update((record.reason, record.place.shard) for record in next(stream).skipped)
+    assert {*reasons} == {("checksum", 2)}
+
+
+def test_a_source_of_nothing_but_bad_records_ends_with_a_message(tmp_path):
+    write_shards(tmp_path, ((f"{n:04d}", {"jpg": b"", "txt": b"words"}) for n in range(100)), 25)
+    with pytest.raises(DataError, match=r"source tiny: 500 records in a row cannot be used, the last in .*500 empty"):
+        next(iter(stream_of(tmp_path)))
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from faults.test_stream import BOMB, JPEG, STRIP
+from tiny import tiny_config
+from evaclip.data.pipeline import Stream, make_plan
+from evaclip.distributed import Ranks
+from evaclip.sources import open_sources
+config = tiny_config("unused", {{"shards": {shards!r}}}, train__global_batch={slots}, data__slots={slots},
+    data__max_bad_fraction=0.9)
+sources = open_sources(config, Ranks())
+stream = Stream(config, make_plan(config, sources, {slots}), sources, Ranks(), steps={steps}, states={{}})
+next(iter(Stream(config, make_plan(config, sources, {slots}), sources, Ranks(), steps=1, states={{}})))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in stream:
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def growth(shards, slots, steps):
+    """KiB by which the peak memory of a process grows while it reads some steps, the first aside."""
+    code = MEMORY.format(tests=str(Path(__file__).parents[1]), shards=str(shards), slots=slots, steps=steps)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.faults
+def test_2048_slots_in_one_process_hold_no_records_back(tmp_path):
+    """A window of 16 blocks of 64 such records per slot would be 2 GB; what grows is cursors and pages of indexes."""
+    write_shards(tmp_path, ((f"{n:06d}", {"jpg": JPEG, "txt": b"words"}) for n in range(20_000)), 5000)
+    assert growth(tmp_path / "{00000..00003}.tar", 2048, 5) < 150_000
+
+
+def test_hostile_images_take_no_more_memory_than_one_that_is_allowed(tmp_path):
+    """A 400-megapixel PNG would take 1.2 GB, and a hundred megapixels are allowed: 300 MB, and once more on the way."""
+    kinds = [BOMB, STRIP, JPEG, b"\x89PNG" + bytes(100)]
+    write_shards(tmp_path, ((f"{n:04d}", {"jpg": kinds[n % 4], "txt": b"words"}) for n in range(80)), 40)
+    assert growth(tmp_path / "{00000..00001}.tar", 16, 20) < 100_000

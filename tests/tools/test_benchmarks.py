@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import benchmark_accumulation
+import benchmark_loader
 import benchmark_loss
 import benchmark_optimizer
 import pytest
@@ -40,6 +41,19 @@ def test_accumulation_benchmark_gives_times_per_sample_and_memory_of_each_number
     assert all(figures("plain # ms a sample # ms busy\naccumulated # ms a sample # ms busy", out))
     assert all(figures("accumulated / plain: time #, busy #", out))
     assert figures("1 micro-batches: # MiB", out)[0] > 1
+
+
+def test_loader_benchmark_gives_times_of_both_sides(capsys):
+    assert benchmark_loader.main(["--records", "32", "--batch", "16", "--size", "64", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert all(figures("with accounts and determinism # ms a sample\nwithout # ms a sample\nratio #", out))
+
+
+def test_loader_benchmark_notices_other_pixels(monkeypatch, capsys):
+    read = benchmark_loader.PlainShards.read
+    monkeypatch.setattr(benchmark_loader.PlainShards, "read", lambda self, shard, n: read(self, shard, (n + 1) % 8))
+    assert benchmark_loader.main(["--records", "32", "--batch", "16", "--size", "64", "--rounds", "1"]) == 1
+    assert "the two sides do not read the same" in capsys.readouterr().err
 
 
 def test_memory_is_that_of_the_peak_above_what_was_held():
