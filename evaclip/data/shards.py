@@ -25,6 +25,8 @@ _PAGE = 64
 """Records whose part of the index is kept together: a block of the data order, at its default size."""
 _PAGES = 4096
 """Pages a process keeps: 20 KB each, enough for the windows of 256 slots."""
+_INDEXES = 8
+"""Whole indexes a process keeps: all of them where there are few shards."""
 _MOST_BYTES = 256 << 20
 """A longer record is bad: nothing that is called an image and its caption takes so much memory."""
 
@@ -143,9 +145,12 @@ class ShardSet:
 
     def _page(self, shard: int, record: int) -> ShardIndex:
         page = record // _PAGE
-        return self._pages.get((shard, page), lambda: self._index(shard).records(page * _PAGE, _PAGE))
+        return self._pages.get((shard, page), lambda: self._index_of(shard).records(page * _PAGE, _PAGE))
 
-    def _index(self, shard: int) -> ShardIndex:
+    def _index_of(self, shard: int) -> ShardIndex:
+        return self._indexes.get(shard, lambda: self._verified_index(shard))
+
+    def _verified_index(self, shard: int) -> ShardIndex:
         location = self.locations[shard]
         index = read_index(index_path(location, self.index_dir))
         if index is None or index.digest != self.digests[shard]:
@@ -156,9 +161,10 @@ class ShardSet:
     def _forget(self) -> None:
         self._files: Recent[File] = Recent(_OPEN_FILES)
         self._pages: Recent[ShardIndex] = Recent(_PAGES)
+        self._indexes: Recent[ShardIndex] = Recent(_INDEXES)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in {"_files", "_pages"}}
+        return {name: value for name, value in self.__dict__.items() if name not in {"_files", "_pages", "_indexes"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

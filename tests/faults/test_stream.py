@@ -247,7 +247,9 @@ def test_too_much_damage_stops_the_run_and_names_the_worst_shard(tmp_path):
         DataError, match=r"source tiny: about \d+ of \d+ records are lost in 1 damaged shards.*00001\.tar"
     ):
         open_sources(config, Ranks())
-    assert read_index(index_path(paths[1], None)).gaps, "the next start need not scan again"
+    saved = read_index(index_path(paths[1], None))
+    assert saved, "the next start need not scan again"
+    assert saved.gaps
 
 
 # ------------------------------------------------------------------------------------------------------ during the run
