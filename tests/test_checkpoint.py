@@ -6,7 +6,8 @@ import torch
 from tiny import tiny_config
 
 from evaclip import checkpoint
-from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, save, set_aside, to_delete
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, set_aside, to_delete
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config import CheckpointConfig
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError
@@ -17,7 +18,8 @@ def write(folder, step, value=0.0, metrics=None):
         step, 16 * step, step, 1.0, 16, {3: [[[0, 1, 2]], [5], []]}, {}, {"a": [2, 3]}, metrics or {}, {}, {}
     )
     values = torch.full((6,), value)
-    return save(folder, tiny_config(folder / "run"), state, [Entry("weight", "a", 0, values)], Ranks())
+    writer = CheckpointWriter(folder, tiny_config(folder / "run", checkpoint__keep_last=9), Ranks())
+    return writer.save(state, [Entry("weight", "a", 0, values)], final=True)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,8 @@ def test_any_run_of_elements_is_put_together_from_any_parts(tmp_path):
     state = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [6]}, {}, {}, {})
     values = torch.arange(6.0)
     entries = [Entry("weight", "a", 0, values[:2]), Entry("weight", "a", 2, values[2:])]
-    reader = CheckpointReader(save(tmp_path, tiny_config(tmp_path / "run"), state, entries, Ranks()))
+    writer = CheckpointWriter(tmp_path, tiny_config(tmp_path / "run"), Ranks())
+    reader = CheckpointReader(writer.save(state, entries, final=True))
     wanted = torch.empty(3)
     reader.fill(Entry("weight", "a", 1, wanted))
     assert wanted.tolist() == [1.0, 2.0, 3.0]

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import SYNTHETIC, tiny_config
 
 import evaclip
-from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
 from evaclip.data.shards import open_index
 from evaclip.distributed import Ranks
@@ -158,7 +158,7 @@ def test_checkpoint_of_another_model_is_refused_by_its_first_difference(tmp_path
     meta = json.loads(path.read_text())
     meta["shapes"]["image.head.weight"] = [24, 32]
     meta.pop("xxh3")
-    path.write_text(json.dumps({**meta, "xxh3": _meta_checksum(meta)}))
+    path.write_text(json.dumps({**meta, "xxh3": meta_checksum(meta)}))
     with pytest.raises(CheckpointError, match=r"(?s)another model.*image\.head\.weight: \[24, 32\] in the checkpoint"):
         train(tiny_config(tmp_path, train__steps=6))
 
@@ -306,7 +306,7 @@ def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
 
 def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone(tmp_path):
     holder = (
-        "import os, pathlib, time, sys; from evaclip.run import _lock; _lock(pathlib.Path(sys.argv[1]));"
+        "import os, pathlib, time, sys; from evaclip.lock import lock; lock(pathlib.Path(sys.argv[1]));"
         "child = os.fork(); child and print(child, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True) as process:
