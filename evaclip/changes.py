@@ -20,8 +20,10 @@ from evaclip.optim.schedule import learning_rate_factor, learning_rates
 Changes = dict[str, tuple[Any, Any]]
 """Key -> value before and now."""
 
-_FIXED = ("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks")
-_FIXED += ("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name")
+_FIXED = (
+    *("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks"),
+    *("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name"),
+)
 _MOVABLE = (".shards", "model.name")  # content is compared by digest, names by what they stand for
 
 

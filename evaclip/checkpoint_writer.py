@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[str | None] | None = None
         self._commit: Future[str | None] | None = None
-        self._lost_rank: str | None = None
+        self._failed_part: str | None = None
         self._patience = _PATIENCE_SECONDS
 
     def save(self, state: RunState, entries: Iterable[Entry], *, final: bool) -> Path:
@@ -93,11 +93,13 @@ class CheckpointWriter:
         started = time.monotonic()
         self._settle()
         if (waited := time.monotonic() - started) > 1 and self._ranks.is_main:
-            log.info("training waited %.0f s for the checkpoint before; checkpoint.every_steps is short", waited)
+            log.info("training waited %.0f s until the checkpoint before was written or given up", waited)
         path = self._folder / f"step_{state.step:08d}"
         temporary = self._folder / f".{path.name}.{self._start}.tmp"
         header = self._staging.fill(entries)
-        self._lost_rank = None
+        self._failed_part = None
+        if self._ranks.is_main:
+            self._thread.submit(self._remove_leftovers, temporary)
         self._part = self._thread.submit(self._write_part, temporary, header)
         if self._ranks.is_main:
             meta = {"format": FORMAT, **asdict(state), "config": self._config.model_dump(mode="json")}
@@ -125,7 +127,7 @@ class CheckpointWriter:
         failed = [error for error in self._ranks.gather_objects(self._part.result()) if error]
         outcome = None
         if self._commit:
-            self._lost_rank = failed[0] if failed else None  # where it could not leave a file that says so
+            self._failed_part = failed[0] if failed else None  # where its rank could not leave word of it
             outcome = self._commit.result()
         self._part = self._commit = None
         return self._ranks.from_main(outcome)
@@ -135,26 +137,21 @@ class CheckpointWriter:
     def _write_part(self, temporary: Path, header: bytes) -> str | None:
         """Write this rank's part and leave word of it; what went wrong, if it did for good."""
         path = temporary / f"{_part_name(self._ranks.rank)}.safetensors"
-
-        def write() -> None:
-            temporary.mkdir(parents=True, exist_ok=True)
-            _leave_word(path, write_part(path, header, self._staging))
-
+        name = f"rank {self._ranks.rank}"
         try:
-            _persistently(f"rank {self._ranks.rank}: {path}", write)
+            _persistently(f"{name}: {temporary}", partial(temporary.mkdir, parents=True, exist_ok=True))
+            _persistently(f"{name}: {path}", lambda: _leave_word(path, write_part(path, header, self._staging)))
         except CheckpointError as error:
+            text = self._failed_part = f"{name}: {error}"
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-                _leave_word(path, {"error": str(error)})
-            return str(error)
+                _leave_word(path, {"error": text})
+            return text
         return None
 
     def _complete(self, temporary: Path, path: Path, meta: dict[str, Any], *, final: bool) -> str | None:
         """Wait for all parts and make them a checkpoint; what went wrong, if it did for good."""
         try:
-            for leftover in self._folder.glob(".step_*.tmp"):  # a part that came too late
-                if leftover != temporary:
-                    shutil.rmtree(leftover, ignore_errors=True)
             meta["parts"] = self._await_parts(temporary)
             _persistently(f"checkpoint {path}", partial(self._publish, temporary, path, meta))
         except CheckpointError as error:
@@ -173,6 +170,13 @@ class CheckpointWriter:
         log.info("saved %s", path)
         return None
 
+    def _remove_leftovers(self, temporary: Path) -> None:
+        """Remove what parts left that came too late for their checkpoint."""
+        with suppress(OSError):  # where this is refused, writing is refused, and says why
+            for leftover in self._folder.glob(".step_*.tmp"):
+                if leftover != temporary:
+                    shutil.rmtree(leftover, ignore_errors=True)
+
     def _await_parts(self, temporary: Path) -> dict[str, Any]:
         """Size and checksum of every rank's part, once all are written.
 
@@ -187,7 +191,7 @@ class CheckpointWriter:
                 part = temporary / f"{_part_name(rank)}.safetensors"
                 word = _read_word(part)
                 if word and "error" in word:
-                    raise CheckpointError(f"rank {rank}: {word['error']}")
+                    raise CheckpointError(word["error"])
                 size = _size(part)
                 if word or size != missing[rank]:
                     heard, missing[rank] = time.monotonic(), size
@@ -196,8 +200,8 @@ class CheckpointWriter:
                     del missing[rank]
             if not missing:
                 return dict(sorted(parts.items()))
-            if self._lost_rank:
-                raise CheckpointError(self._lost_rank)
+            if self._failed_part:
+                raise CheckpointError(self._failed_part)
             if time.monotonic() - heard > self._patience:
                 names = ", ".join(map(str, missing))
                 raise CheckpointError(
@@ -214,11 +218,12 @@ class CheckpointWriter:
         for word in temporary.glob("part_*.json"):
             word.unlink()
         _flush(temporary)
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
         if path.exists():  # a run that was cut back may write a step again
-            doomed = path.with_name(f".{path.name}.deleted")
-            shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
         temporary.rename(path)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 class Staging:
@@ -306,7 +311,8 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
     """Try again a few times, later each time, what the file system refuses.
 
     Raises:
-        CheckpointError: It still does; the message says what a person can do.
+        CheckpointError: It still does, or the folder is gone, because another rank gave up; the message says what a
+            person can do.
     """
     for seconds in (*_RETRY_SECONDS, None):
         try:
@@ -314,7 +320,7 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             remedy = "free disk space or lower checkpoint.keep_last" if full else "check run_dir"
-            if seconds is None:
+            if seconds is None or isinstance(error, FileNotFoundError):
                 raise CheckpointError(f"{error}; {remedy}") from error
             log.warning("%s could not be written: %s; %s; trying again in %g s", what, error, remedy, seconds)
             time.sleep(seconds)

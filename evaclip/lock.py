@@ -70,6 +70,6 @@ def _acquire(descriptor: int, directory: Path) -> None:
                 f"run_dir"
             )
         if not told:
-            log.info("run_dir %s is locked (%s); waiting for it to be free", directory, holder)
+            log.warning("run_dir %s is locked (%s); waiting for it to be free", directory, holder)
             told = True
         time.sleep(1.0)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -128,3 +129,27 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     (path / "meta.json").write_text(json.dumps({**meta, "format": 99}))
     with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
         CheckpointReader(path)
+
+
+def test_the_files_of_another_step_are_no_checkpoint(tmp_path):
+    other, path = write(tmp_path, 1), write(tmp_path, 2)
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    assert damage(path) == f"{path} holds step 1: its files are another checkpoint's"
+    assert damage(shutil.copytree(other, tmp_path / "best")) is None  # a name of one's own is fine
+
+
+def test_metadata_that_is_no_mapping_is_refused(tmp_path):
+    path = write(tmp_path, 1)
+    (path / "meta.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"meta\.json is no checkpoint's: it holds a list"):
+        CheckpointReader(path)
+
+
+def test_steps_are_in_the_order_of_numbers_beyond_8_digits(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        write(tmp_path, step)
+    (tmp_path / "step_100000000" / "meta.json").unlink()
+    intact, _ = set_aside(tmp_path)
+    assert intact == tmp_path / "step_99999999"
+    assert (tmp_path / ".step_100000000.damaged").exists()

@@ -107,12 +107,30 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_more_steps_and_another_learning_rate_continue_a_run(tmp_path):
+def test_more_steps_and_another_learning_rate_continue_a_run_and_are_recorded(tmp_path):
     train(tiny_config(tmp_path))
+    train(tiny_config(tmp_path))
+    assert not (tmp_path / "changes.jsonl").exists()
     train(tiny_config(tmp_path, train__steps=6, optim__lr=2e-3))
-    assert f"continuing {tmp_path} at step 4" in (tmp_path / "log.txt").read_text()
-    assert "changed since then: optim.lr: 0.001 -> 0.002" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert f"continuing {tmp_path} at step 4" in log
+    assert "changed since then: optim.lr: 0.001 -> 0.002" in log
+    assert "learning rates of the next step: lr/image 0 -> 0.000191, lr/logit_scale 0 -> 0.000191" in log
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert rows(tmp_path)[4]["lr/image"] == pytest.approx(0.000191, rel=1e-3)
+    change = json.loads((tmp_path / "changes.jsonl").read_text())
+    assert change["step"] == 4
+    assert change["changed"] == {"optim.lr": [0.001, 0.002], "train.steps": [4, 6]}
+    assert change["versions"] == {}
+
+
+def test_another_version_of_the_code_is_recorded(tmp_path, monkeypatch):
+    train(tiny_config(tmp_path))
+    monkeypatch.setattr("evaclip.run._commit", lambda: "0.1.0+other")
+    train(tiny_config(tmp_path))
+    change = json.loads((tmp_path / "changes.jsonl").read_text())
+    assert change["changed"] == {}
+    assert change["versions"]["evaclip"][1] == "0.1.0+other"
 
 
 def test_a_checkpoint_without_its_metadata_is_damage_and_not_a_fresh_start(tmp_path):

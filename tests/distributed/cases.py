@@ -23,6 +23,7 @@ from exactness.peer_losses import bytes_sent
 from tiny import SYNTHETIC
 from tiny import tiny_config as wider_config
 
+from evaclip import checkpoint_writer
 from evaclip import loss as loss_module
 from evaclip.accumulation import forward_backward
 from evaclip.anomalies import Anomalies
@@ -474,7 +475,8 @@ def terminated(ranks: Ranks, folder: Path) -> list[str]:
 
 
 def failed_write(ranks: Ranks, folder: Path) -> list[str]:
-    """The last rank cannot write its part: every rank is told at the end, nothing is left, the older one stays."""
+    """The last rank cannot write its part, then nothing at all: every rank is told, only the older one is left."""
+    checkpoint_writer._RETRY_SECONDS = (0.1,)
     writer = CheckpointWriter(folder, tiny_config(folder), ranks)
     progress = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4096]}, {}, {}, {})
     entries = [Entry("weight", "a", 0, torch.zeros(4096))] if ranks.rank == ranks.world_size - 1 else []
@@ -484,6 +486,8 @@ def failed_write(ranks: Ranks, folder: Path) -> list[str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         writer.save(dataclasses.replace(progress, step=2), entries, final=False)  # training goes on
+        if entries:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
         writer.save(dataclasses.replace(progress, step=3), entries, final=True)
     except CheckpointError as error:
         ranks.barrier()
