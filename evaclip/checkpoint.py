@@ -3,8 +3,8 @@
 ``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, the parts' checksums and its own),
 ``config.yaml`` and one safetensors file per rank. An entry of such a file is a run of one parameter's elements,
 ``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once, and a
-reader puts together what it needs. Files are written under a temporary name, flushed and checksummed (xxh3); the
-rename of the folder comes last.
+reader puts together what it needs. This module knows the format, what is wrong with a checkpoint, which ones may go,
+and how to read one; ``checkpoint_writer`` writes them behind the training.
 """
 
 # safetensors leaves parts of its interface untyped:
@@ -12,29 +12,24 @@ rename of the folder comes last.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
-import os
 import re
 import shutil
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from evaclip.config import CheckpointConfig, RunConfig, ShardSource
-from evaclip.config_file import dump, flatten, validate
-from evaclip.distributed import Ranks, agreed
-from evaclip.errors import CheckpointError, ConfigError
+from evaclip.config import CheckpointConfig
+from evaclip.config_file import validate
+from evaclip.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -76,92 +71,16 @@ class RunState:
     """Updates skipped since the last applied one."""
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
-def save(folder: Path, config: RunConfig, state: RunState, entries: Iterable[Entry], ranks: Ranks) -> Path:
-    """Write ``folder/step_N`` from all ranks; returns it on every rank.
-
-    Communicates one gather of a few hundred bytes, and three numbers. Training waits until the files are written.
-
-    Raises:
-        CheckpointError: Some rank could not write; nothing of the checkpoint is left, older ones are untouched.
-    """
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    try:
-        with agreed(ranks), _writing():
-            if ranks.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        with agreed(ranks), _writing():
-            own = _write_part(temporary / f"part_{ranks.rank:05d}.safetensors", entries)
-        parts = {name: part for written in ranks.gather_objects(own) for name, part in written.items()}
-        with agreed(ranks), _writing():
-            if ranks.is_main:
-                _write(temporary / "config.yaml", dump(config))
-                meta = {"format": FORMAT, **asdict(state), "config": config.model_dump(mode="json"), "parts": parts}
-                _write(temporary / "meta.json", json.dumps({**meta, "xxh3": _meta_checksum(meta)}))
-                _flush(temporary)
-                if final.exists():  # a run that was cut back may write a step again
-                    shutil.rmtree(final)
-                temporary.rename(final)
-                _write(folder / ".latest.tmp", final.name + "\n")
-                (folder / ".latest.tmp").replace(folder / "latest")
-                _flush(folder)
-    except CheckpointError:
-        if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
-def _write_part(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
-    """Write this rank's entries; returns the file's name with its size and checksum."""
-    save_file(
-        {f"{e.kind}/{e.name}@{e.start}": e.values.detach().to("cpu", torch.float32, copy=True) for e in entries}, path
-    )
-    _flush(path)
-    return {path.name: {"size": path.stat().st_size, "xxh3": _checksum(path)}}
-
-
-@contextmanager
-def _writing() -> Generator[None]:
-    """Say what a person can do about a file that could not be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        remedy = "free disk space or lower checkpoint.keep_last" if full else "check run_dir"
-        raise CheckpointError(
-            f"the checkpoint could not be written: {error}; {remedy}, and start the run again "
-            f"(older checkpoints are intact)"
-        ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _meta_checksum(meta: dict[str, Any]) -> str:
+def meta_checksum(meta: dict[str, Any]) -> str:
+    """Checksum of the content of ``meta.json``, itself left out."""
     return xxhash.xxh3_64_hexdigest(json.dumps(meta).encode())
 
 
 def _checksum(path: Path) -> str:
-    state = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            state.update(block)
+    state, block = xxhash.xxh3_64(), bytearray(1 << 22)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            state.update(memoryview(block)[:size])
     return state.hexdigest()
 
 
@@ -209,17 +128,23 @@ def _score(path: Path, metric: str | None) -> float | None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted((path for path in folder.glob("step_*") if _is_step(path)), key=lambda path: int(path.name[5:]))
+
+
+def _is_step(path: Path) -> bool:
+    return re.fullmatch(r"step_\d{8,}", path.name) is not None
 
 
 def _read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
-        meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        meta: Any = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}/meta.json cannot be read: {error}") from None
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{checkpoint}/meta.json is no checkpoint's: it holds a {type(meta).__name__}")
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}")
-    if meta.pop("xxh3", None) != _meta_checksum(meta):
+    if meta.pop("xxh3", None) != meta_checksum(meta):
         raise CheckpointError(f"{checkpoint}/meta.json differs from its checksum")
     return meta
 
@@ -227,8 +152,10 @@ def _read_meta(checkpoint: Path) -> dict[str, Any]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None; reads every byte."""
     try:
-        parts: dict[str, Any] = _read_meta(checkpoint)["parts"]
-        for name, part in parts.items():
+        meta = _read_meta(checkpoint)
+        if _is_step(checkpoint) and int(checkpoint.name[5:]) != meta["step"]:
+            return f"{checkpoint} holds step {meta['step']}: its files are another checkpoint's"
+        for name, part in meta["parts"].items():
             path = checkpoint / name
             if path.stat().st_size != part["size"]:
                 return f"{path} has {path.stat().st_size} bytes instead of {part['size']}"
@@ -249,7 +176,7 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
         shutil.rmtree(leftover, ignore_errors=True)
     intact, problems = newest_intact(folder)
     for path in _steps(folder) if intact else ():
-        if intact and path.name > intact.name:
+        if intact and int(path.name[5:]) > int(intact.name[5:]):
             aside = folder / f".{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -336,42 +263,3 @@ class CheckpointReader:
             self.fill(Entry("weight", name, 0, flat.view(-1)))
             weights[name] = flat
         return weights
-
-
-def _orders(config: RunConfig) -> dict[str, list[str]]:
-    """Orders of keys that decide what is read next."""
-    sources = config.data.sources
-    captions = {
-        f"data.sources.{name}.captions in order": list(source.captions)
-        for name, source in sources.items()
-        if isinstance(source, ShardSource)
-    }
-    return {"data.sources. in order": list(sources), **captions}
-
-
-def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> list[str]:
-    """Refuse to continue a run as another one; returns what else has changed, as lines for the log.
-
-    Raises:
-        ConfigError: Something that makes the model or the data order differs; the message holds the difference.
-    """
-    fixed = ("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks")
-    fixed += ("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name")
-    movable = (".shards", "model.name")  # content is compared by digest, names by what they stand for
-    before, now = (flatten(config) | _orders(config) for config in (saved, wanted))
-    changed = [
-        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted({*before, *now})
-        if key.startswith(fixed) and not key.endswith(movable) and before.get(key) != now.get(key)
-    ]
-    if wanted.data.slots is not None and saved.data.slots != wanted.data.slots:
-        changed.append(f"data.slots: {saved.data.slots} -> {wanted.data.slots}")
-    if changed:
-        raise ConfigError(
-            "\n  ".join([f"{origin} was made by another model or data order; use a new run_dir", *changed])
-        )
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]

@@ -6,9 +6,7 @@ plain object; ``train`` holds the loop that moves it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 
 import evaclip
-from evaclip import checkpoint
+from evaclip import changes, checkpoint
 from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
@@ -30,6 +29,7 @@ from evaclip.data.readers import OpenedSource
 from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
 from evaclip.errors import CheckpointError, ConfigError, DataError, writing
+from evaclip.lock import lock
 from evaclip.logs import log_setup
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.attention import kernel_name
@@ -64,6 +64,7 @@ class Run:
     engine: Engine
     num_micro_batches: int
     """Forwards that a rank needs for its share of a global batch."""
+    writer: CheckpointWriter
     step: int = 0
     """Attempted updates."""
     slot_states: dict[int, SlotState] | None = None
@@ -108,8 +109,8 @@ class Run:
                 names.append(f"{source} shard {place.shard} record {place.record}")
         return names
 
-    def save(self, metrics: Mapping[str, float], meter_state: Mapping[str, tuple[float, int]]) -> None:
-        """Write a checkpoint of this step and delete what the retention rule lets go."""
+    def save(self, metrics: Mapping[str, float], meter_state: Mapping[str, tuple[float, int]], *, final: bool) -> None:
+        """Start to write a checkpoint of this step; wait for it if it is the final one."""
         gathered = self.ranks.gather_objects(self.slot_states or {})
         optimizer = self.engine.optimizer
         state = checkpoint.RunState(
@@ -123,7 +124,7 @@ class Run:
             shapes=self.shapes,
             metrics=dict(metrics),
             meter=dict(meter_state),
-            versions=self._versions,
+            versions=self.versions,
             consecutive_skips=int(optimizer.consecutive_skips),
         )
         entries: list[checkpoint.Entry] = []
@@ -137,13 +138,11 @@ class Run:
         frozen = {name: p for name, p in self.loss.named_parameters() if not p.requires_grad}
         if self.ranks.is_main:
             entries += [checkpoint.Entry("weight", name, 0, value) for name, value in frozen.items()]
-        path = checkpoint.save(self.directory / "checkpoints", self.config, state, entries, self.ranks)
-        if self.ranks.is_main and not state.consecutive_skips:  # what was saved before a streak of bad steps stays
-            checkpoint.delete_old(path.parent, self.config.checkpoint, self.step)
-        log.info("saved %s", path)
+        self.writer.save(state, entries, final=final)
 
     @cached_property
-    def _versions(self) -> dict[str, str]:
+    def versions(self) -> dict[str, str]:
+        """What runs here: this code, what it stands on, and how many ranks."""
         return {
             "evaclip": _commit(),
             "torch": torch.__version__,
@@ -164,7 +163,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     _require_exact_accumulation(config, ranks, pieces)
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
-    changes = checkpoint.refuse_changes(reader.config, config, reader.path) if reader else []
+    changed = changes.refuse_changes(reader.config, config, reader.path) if reader else {}
     sources = open_sources(config, ranks)
     if reader:
         _require_same_data(reader, sources)
@@ -183,7 +182,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         largest = largest_that_fits(engine, loss, config, ranks)
         pieces = -(-(config.train.global_batch // ranks.world_size) // largest)
         _require_exact_accumulation(config, ranks, pieces)
-    run = Run(config, ranks, plan, sources, shapes, loss, engine, pieces)
+    writer = CheckpointWriter(Path(config.run_dir) / "checkpoints", config, ranks)
+    run = Run(config, ranks, plan, sources, shapes, loss, engine, pieces, writer)
     if reader:
         _load_state(reader, run)
     with agreed(ranks), writing(f"run_dir {run.directory}", ConfigError):
@@ -191,8 +191,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
             (run.directory / ".config.yaml.tmp").write_text(dump(config), encoding="utf-8")
             (run.directory / ".config.yaml.tmp").replace(run.directory / "config.yaml")
             _announce(run, reader)
-            for change in changes:
-                log.info("changed since then: %s", change)
+            if reader:
+                _record_changes(run, reader, changed)
     return run
 
 
@@ -210,37 +210,12 @@ def _require_exact_accumulation(config: RunConfig, ranks: Ranks, pieces: int) ->
 def _make_directory(config: RunConfig, ranks: Ranks) -> None:
     """Create the run directory and send the log there."""
     directory = Path(config.run_dir)
+    log_setup(None, ranks.rank)
     with agreed(ranks), writing(f"run_dir {directory}", ConfigError):
         if ranks.is_main:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            _lock(directory)
+            lock(directory)
             log_setup(directory, ranks.rank)
-        else:
-            log_setup(None, ranks.rank)
-
-
-_locks: dict[Path, int] = {}  # descriptors that stay open as long as the process
-
-
-def _lock(directory: Path) -> None:
-    """Keep a second process out of a run directory; the system lets go of the lock when this process ends.
-
-    A record lock (``lockf``), because data workers would inherit one of ``flock`` and hold it after a killed parent.
-    """
-    if directory.resolve() in _locks:
-        return
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        owner = os.pread(descriptor, 100, 0).decode(errors="replace")
-        os.close(descriptor)
-        raise ConfigError(
-            f"another process trains in run_dir {directory} ({owner}); wait for it or end it, or choose another run_dir"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-    _locks[directory.resolve()] = descriptor
 
 
 def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader | None:
@@ -309,7 +284,7 @@ def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     worlds = [w for w in range(1, run.plan.slots + 1) if run.plan.slots % w == 0]
     log.info(
         "evaclip %s, torch %s, %d ranks on %s",
-        run._versions["evaclip"],
+        run.versions["evaclip"],
         torch.__version__,
         ranks.world_size,
         ranks.device,
@@ -338,6 +313,21 @@ def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     for line in summary(run.engine.optimizer.rows):
         log.info("optimizer: %s", line)
     log.info("continuing %s at step %d" if reader else "starting %s at step %d", run.directory, run.step)
+
+
+def _record_changes(run: Run, reader: checkpoint.CheckpointReader, changed: changes.Changes) -> None:
+    """Tell the log and the run's history what is not as it was when the checkpoint was written."""
+    for line in changes.lines(changed):
+        log.info("changed since then: %s", line)
+    rates = changes.changed_rates(reader.config, run.config, run.step)
+    if rates:
+        log.info(
+            "learning rates of the next step: %s",
+            ", ".join(f"{name} {old:.4g} -> {new:.4g}" for name, (old, new) in rates.items()),
+        )
+    versions = changes.differences(reader.state.versions, run.versions)
+    if changed or versions:
+        changes.record(run.directory, run.step, changed, versions)
 
 
 def _commit() -> str:

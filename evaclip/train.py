@@ -25,7 +25,7 @@ from evaclip.memory import advice, is_out_of_memory
 from evaclip.meter import Meter, peak_memory_gib
 from evaclip.metrics import Clock, peak_tflops
 from evaclip.models.flops import forward_flops
-from evaclip.optim.schedule import learning_rate_factor
+from evaclip.optim.schedule import learning_rate_factor, learning_rates
 from evaclip.preemption import StopRequest, listening
 from evaclip.progress import Progress
 from evaclip.run import Run, open_run
@@ -113,10 +113,10 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
             try:
                 report.evaluation(run)
             except EvaclipError:
-                report.checkpoint(run)  # an evaluation set that is gone costs no training
+                report.checkpoint(run, final=True)  # an evaluation set that is gone costs no training
                 raise
         if run.step % config.checkpoint.every_steps == 0 or last or asked:
-            report.checkpoint(run)
+            report.checkpoint(run, final=last or asked > 0)
         if asked and not last:
             raise TrainingStoppedError(
                 f"stopped by {signal.Signals(asked).name} after step {run.step}, which is saved; "
@@ -141,6 +141,8 @@ class Report:
     tracker: Tracker | None
     evaluated: dict[str, float]
     """Results at the current step, for the checkpoint."""
+    committed: int | None = None
+    """Step up to which W&B was told the rows of this session."""
 
     def step(self, run: Run, micro_batches: Sequence[Batch], output: LossOutput) -> None:
         """Count one step; nothing here waits for the device."""
@@ -180,15 +182,12 @@ class Report:
         flops = 3 * forward_flops(config.model, values["data/text_tokens"], kept=kept)
         values |= self.clock.publish(samples=run.samples, flops_per_sample=flops)
         values |= peak_memory_gib(run.ranks.device)
-        values |= {
-            "lr/image": factor * (config.optim.image.lr or config.optim.lr),
-            "lr/text": factor * (config.optim.text.lr or config.optim.lr),
-            "lr/logit_scale": factor * config.optim.lr,
-        }
+        values |= learning_rates(config.optim, factor)
         values |= self.accounting.metrics()
         with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
+                self.commit(run)
         self._tell_anomalies(run)
         self.accounting.require_few_bad(config.data.max_bad_fraction)
         most = config.train.max_consecutive_skipped_steps
@@ -250,17 +249,22 @@ class Report:
                     write_results(run.directory, results)
                     log.info("evaluation at step %d\n%s", run.step, format_table(results))
 
-    def checkpoint(self, run: Run) -> None:
-        """Save; afterwards the rows up to here are final and go to W&B."""
+    def checkpoint(self, run: Run, *, final: bool) -> None:
+        """Save behind the next steps; the rows up to here are final. The final one is waited for."""
         self._tell_anomalies(run)
         self.accounting.collect(run)
         with self.clock.paused():
             with agreed(run.ranks), writing("metrics.jsonl"):
                 if self.history:
                     self.history.seal(run.step)
-            run.save(self.evaluated, self.meter.state())
-            if self.history and self.tracker:
-                self.tracker.commit(self.history, run.step)
+            run.save(self.evaluated, self.meter.state(), final=final)
+
+    def commit(self, run: Run) -> None:
+        """Send W&B the rows that a complete checkpoint has made final since the last call."""
+        saved = run.writer.newest
+        if self.history and self.tracker and saved != self.committed:
+            self.tracker.commit(self.history, saved or 0)
+            self.committed = saved
 
 
 @contextmanager
@@ -294,5 +298,7 @@ def _reporting(run: Run) -> Generator[Report]:
             exit_code = int(not stopped.can_continue)
             raise
         finally:
+            run.writer.leave()
+            report.commit(run)
             if report.tracker:
                 report.tracker.finish(exit_code)

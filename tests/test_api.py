@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 import evaclip
 from evaclip import checkpoint
 from evaclip.api import Clip
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config import ModelConfig, RunConfig
 from evaclip.data.batch import PackedText
 from evaclip.data.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def save(folder, clip, weights=None):
     shapes = {name: list(value.shape) for name, value in weights.items()}
     progress = checkpoint.RunState(**{**nothing, "step": 7, "shapes": shapes})
     entries = [checkpoint.Entry("weight", name, 0, value.detach().flatten()) for name, value in weights.items()]
-    return checkpoint.save(Path(folder) / "checkpoints", config, progress, entries, Ranks())
+    return CheckpointWriter(Path(folder) / "checkpoints", config, Ranks()).save(progress, entries, final=True)
 
 
 def test_a_model_is_loaded_from_its_run_and_from_its_checkpoint(tmp_path, clip, picture):

@@ -1,12 +1,14 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from tiny import tiny_config
 
 from evaclip import checkpoint
-from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, save, set_aside, to_delete
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, set_aside, to_delete
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config import CheckpointConfig
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError
@@ -17,7 +19,8 @@ def write(folder, step, value=0.0, metrics=None):
         step, 16 * step, step, 1.0, 16, {3: [[[0, 1, 2]], [5], []]}, {}, {"a": [2, 3]}, metrics or {}, {}, {}
     )
     values = torch.full((6,), value)
-    return save(folder, tiny_config(folder / "run"), state, [Entry("weight", "a", 0, values)], Ranks())
+    writer = CheckpointWriter(folder, tiny_config(folder / "run", checkpoint__keep_last=9), Ranks())
+    return writer.save(state, [Entry("weight", "a", 0, values)], final=True)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,8 @@ def test_any_run_of_elements_is_put_together_from_any_parts(tmp_path):
     state = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [6]}, {}, {}, {})
     values = torch.arange(6.0)
     entries = [Entry("weight", "a", 0, values[:2]), Entry("weight", "a", 2, values[2:])]
-    reader = CheckpointReader(save(tmp_path, tiny_config(tmp_path / "run"), state, entries, Ranks()))
+    writer = CheckpointWriter(tmp_path, tiny_config(tmp_path / "run"), Ranks())
+    reader = CheckpointReader(writer.save(state, entries, final=True))
     wanted = torch.empty(3)
     reader.fill(Entry("weight", "a", 1, wanted))
     assert wanted.tolist() == [1.0, 2.0, 3.0]
@@ -125,3 +129,27 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     (path / "meta.json").write_text(json.dumps({**meta, "format": 99}))
     with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
         CheckpointReader(path)
+
+
+def test_the_files_of_another_step_are_no_checkpoint(tmp_path):
+    other, path = write(tmp_path, 1), write(tmp_path, 2)
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    assert damage(path) == f"{path} holds step 1: its files are another checkpoint's"
+    assert damage(shutil.copytree(other, tmp_path / "best")) is None  # a name of one's own is fine
+
+
+def test_metadata_that_is_no_mapping_is_refused(tmp_path):
+    path = write(tmp_path, 1)
+    (path / "meta.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"meta\.json is no checkpoint's: it holds a list"):
+        CheckpointReader(path)
+
+
+def test_steps_are_in_the_order_of_numbers_beyond_8_digits(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        write(tmp_path, step)
+    (tmp_path / "step_100000000" / "meta.json").unlink()
+    intact, _ = set_aside(tmp_path)
+    assert intact == tmp_path / "step_99999999"
+    assert (tmp_path / ".step_100000000.damaged").exists()

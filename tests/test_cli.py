@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact_and_space_lets
     if done.returncode == 99 or "unshare failed" in done.stderr:
         pytest.skip(f"no file system can be mounted here: {done.stderr}")
     assert done.stdout.splitlines() == ["exit 1 latest step_00000002", "exit 0 latest step_00000002 step_00000004"]
-    assert "the checkpoint could not be written" in done.stderr
+    assert "the checkpoint of step 4 could not be written: rank 0: [Errno 28] No space left on device" in done.stderr
     assert "free disk space" in done.stderr
     assert "at step 2" in done.stderr
     assert "Traceback" not in done.stderr

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import SYNTHETIC, tiny_config
 
 import evaclip
-from evaclip.checkpoint import CheckpointReader, _meta_checksum, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
 from evaclip.data.shards import Shard
 from evaclip.distributed import Ranks
@@ -107,12 +107,30 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_more_steps_and_another_learning_rate_continue_a_run(tmp_path):
+def test_more_steps_and_another_learning_rate_continue_a_run_and_are_recorded(tmp_path):
     train(tiny_config(tmp_path))
+    train(tiny_config(tmp_path))
+    assert not (tmp_path / "changes.jsonl").exists()
     train(tiny_config(tmp_path, train__steps=6, optim__lr=2e-3))
-    assert f"continuing {tmp_path} at step 4" in (tmp_path / "log.txt").read_text()
-    assert "changed since then: optim.lr: 0.001 -> 0.002" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert f"continuing {tmp_path} at step 4" in log
+    assert "changed since then: optim.lr: 0.001 -> 0.002" in log
+    assert "learning rates of the next step: lr/image 0 -> 0.000191, lr/logit_scale 0 -> 0.000191" in log
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert rows(tmp_path)[4]["lr/image"] == pytest.approx(0.000191, rel=1e-3)
+    change = json.loads((tmp_path / "changes.jsonl").read_text())
+    assert change["step"] == 4
+    assert change["changed"] == {"optim.lr": [0.001, 0.002], "train.steps": [4, 6]}
+    assert change["versions"] == {}
+
+
+def test_another_version_of_the_code_is_recorded(tmp_path, monkeypatch):
+    train(tiny_config(tmp_path))
+    monkeypatch.setattr("evaclip.run._commit", lambda: "0.1.0+other")
+    train(tiny_config(tmp_path))
+    change = json.loads((tmp_path / "changes.jsonl").read_text())
+    assert change["changed"] == {}
+    assert change["versions"]["evaclip"][1] == "0.1.0+other"
 
 
 def test_a_checkpoint_without_its_metadata_is_damage_and_not_a_fresh_start(tmp_path):
@@ -158,7 +176,7 @@ def test_checkpoint_of_another_model_is_refused_by_its_first_difference(tmp_path
     meta = json.loads(path.read_text())
     meta["shapes"]["image.head.weight"] = [24, 32]
     meta.pop("xxh3")
-    path.write_text(json.dumps({**meta, "xxh3": _meta_checksum(meta)}))
+    path.write_text(json.dumps({**meta, "xxh3": meta_checksum(meta)}))
     with pytest.raises(CheckpointError, match=r"(?s)another model.*image\.head\.weight: \[24, 32\] in the checkpoint"):
         train(tiny_config(tmp_path, train__steps=6))
 
@@ -306,7 +324,7 @@ def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
 
 def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone(tmp_path):
     holder = (
-        "import os, pathlib, time, sys; from evaclip.run import _lock; _lock(pathlib.Path(sys.argv[1]));"
+        "import os, pathlib, time, sys; from evaclip.lock import lock; lock(pathlib.Path(sys.argv[1]));"
         "child = os.fork(); child and print(child, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE, text=True) as process:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evaclip.config import OptimConfig
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
@@ -14,3 +18,12 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_frac
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def learning_rates(optim: OptimConfig, factor: float) -> dict[str, float]:
+    """Learning rates as they are published, at a share of their peaks."""
+    return {
+        "lr/image": factor * (optim.image.lr or optim.lr),
+        "lr/text": factor * (optim.text.lr or optim.lr),
+        "lr/logit_scale": factor * optim.lr,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import resource
 import shutil
 import signal
 from collections.abc import Generator
@@ -22,10 +23,12 @@ from exactness.peer_losses import bytes_sent
 from tiny import SYNTHETIC
 from tiny import tiny_config as wider_config
 
+from evaclip import checkpoint_writer
 from evaclip import loss as loss_module
 from evaclip.accumulation import forward_backward
 from evaclip.anomalies import Anomalies
-from evaclip.checkpoint import CheckpointReader, Entry, RunState, find_checkpoint, save
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, find_checkpoint
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config import RunConfig
 from evaclip.data.batch import Batch
 from evaclip.data.order import choose_slots
@@ -472,28 +475,26 @@ def terminated(ranks: Ranks, folder: Path) -> list[str]:
 
 
 def failed_write(ranks: Ranks, folder: Path) -> list[str]:
-    """The last rank cannot write its part: every rank is told, nothing is left, the older checkpoint stays."""
-    config = tiny_config(folder)
-    progress = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4]}, {}, {}, {})
-    entries = [Entry("weight", "a", 0, torch.zeros(4))] if ranks.is_main else []
-    save(folder, config, progress, entries, ranks)
-    broken = [Entry("weight", "a", 0, _Unwritable())] if ranks.rank == ranks.world_size - 1 else []
+    """The last rank cannot write its part, then nothing at all: every rank is told, only the older one is left."""
+    checkpoint_writer._RETRY_SECONDS = (0.1,)
+    writer = CheckpointWriter(folder, tiny_config(folder), ranks)
+    progress = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4096]}, {}, {}, {})
+    entries = [Entry("weight", "a", 0, torch.zeros(4096))] if ranks.rank == ranks.world_size - 1 else []
+    writer.save(progress, entries, final=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if entries:  # as on a disk that is full for this rank
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        save(folder, config, RunState(**{**progress.__dict__, "step": 2}), broken, ranks)
+        writer.save(dataclasses.replace(progress, step=2), entries, final=False)  # training goes on
+        if entries:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        writer.save(dataclasses.replace(progress, step=3), entries, final=True)
     except CheckpointError as error:
         ranks.barrier()
         return [str(error), *sorted(path.name for path in folder.iterdir())]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return ["no error"]
-
-
-class _Unwritable:
-    """Stands for a tensor that no longer fits on the disk."""
-
-    def detach(self) -> _Unwritable:
-        return self
-
-    def to(self, *_arguments: Any, **_options: Any) -> Any:
-        raise OSError(28, "No space left on device")
 
 
 def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:

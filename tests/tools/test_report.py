@@ -15,6 +15,7 @@ from PIL import Image
 
 import evaclip
 from evaclip import checkpoint, config_file
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.data.shards import write_shards
 from evaclip.distributed import Ranks
 from evaclip.errors import DataError
@@ -228,7 +229,7 @@ def run_dir(tmp_path):
     shapes = {name: list(value.shape) for name, value in weights.items()}
     progress = checkpoint.RunState(**{**nothing, "step": 2, "shapes": shapes})
     entries = [checkpoint.Entry("weight", name, 0, value.detach().flatten()) for name, value in weights.items()]
-    checkpoint.save(folder / "checkpoints", config, progress, entries, Ranks())
+    CheckpointWriter(folder / "checkpoints", config, Ranks()).save(progress, entries, final=True)
     return folder
 
 

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+from tiny import tiny_config
+
+from evaclip.changes import changed_rates, differences, lines, record, refuse_changes
+from evaclip.errors import ConfigError
+from evaclip.optim.schedule import learning_rate_factor
+
+
+def test_harmless_changes_are_returned_with_old_and_new_value(tmp_path):
+    before, now = tiny_config(tmp_path), tiny_config(tmp_path, optim__lr=5e-4, train__steps=9, log__every_steps=3)
+    assert refuse_changes(before, now, tmp_path) == {
+        "log.every_steps": (1, 3),
+        "optim.lr": (0.001, 0.0005),
+        "train.steps": (4, 9),
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", 3), ("model__image__depth", 3), ("train__global_batch", 32), ("optim__name", "lamb"), ("data__slots", 4)],
+)
+def test_what_makes_the_model_or_the_order_is_refused(tmp_path, key, value):
+    with pytest.raises(
+        ConfigError, match=rf"(?s)another model or data order; use a new run_dir.*{key.split('__')[-1]}"
+    ):
+        refuse_changes(tiny_config(tmp_path), tiny_config(tmp_path, **{key: value}), tmp_path)
+
+
+def test_learning_rates_of_the_next_step_follow_the_schedule_of_each_configuration(tmp_path):
+    before = tiny_config(tmp_path, optim__lr=1e-3, train__steps=10)
+    now = tiny_config(tmp_path, optim__lr=1e-3, optim__text__lr=2e-3, train__steps=20)
+    old, new = (1e-3 * learning_rate_factor(5, steps=steps, warmup_steps=0, final_fraction=0.0) for steps in (10, 20))
+    rates = changed_rates(before, now, 5)
+    assert rates["lr/image"] == pytest.approx((old, new))
+    assert rates["lr/text"] == pytest.approx((old, 2 * new))
+    assert changed_rates(before, tiny_config(tmp_path, train__steps=10, log__every_steps=2), 5) == {}
+
+
+def test_what_one_side_lacks_is_absent_there():
+    assert lines(differences({"a": 1, "b": 2}, {"b": 2, "c": 3})) == ["a: 1 -> absent", "c: absent -> 3"]
+
+
+def test_changes_are_appended_as_lines_of_json(tmp_path):
+    for step in (4, 8):
+        record(tmp_path, step, {"optim.lr": (1e-3, 2e-3)}, {"evaclip": ("0.1.0+a", "0.1.0+b")})
+    first, second = (json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (4, 8)
+    assert first["changed"] == {"optim.lr": [0.001, 0.002]}
+    assert first["versions"] == {"evaclip": ["0.1.0+a", "0.1.0+b"]}
+    assert first["time"].endswith("+00:00")
