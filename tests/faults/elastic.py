@@ -70,14 +70,12 @@ def train(ranks: Ranks, folder: Path, *, run_dir: Path, source: dict[str, Any], 
 
 
 def resaved(ranks: Ranks, folder: Path, *, origin: Path, source: dict[str, Any], options: dict[str, Any]) -> Path:
-    """Open another layout's run and save it again without a step in between: the folder of ``opened`` and ``again``."""
+    """Open another layout's run and save it again without a step in between: the folder of ``before`` and ``after``."""
     if ranks.is_main:
-        shutil.copytree(origin, folder / "opened")
+        for name in ("before", "after"):
+            shutil.copytree(origin, folder / name)
     ranks.barrier()
-    config = tiny_config(folder / "opened", source, **options)
-    run = open_run(config, ranks)
-    run.config = config.model_copy(update={"run_dir": str(folder / "again")})
-    run.save({}, {})
+    open_run(tiny_config(folder / "after", source, **options), ranks).save({}, {})
     return folder
 
 

@@ -44,3 +44,13 @@ def assert_same_end(run_dir: Path, reference: Path) -> None:
     assert rows(run_dir) == rows(reference)
     states = [CheckpointReader(find_checkpoint(folder)).state for folder in (run_dir, reference)]
     assert replace(states[0], versions={}) == replace(states[1], versions={})
+
+
+def assert_carried_over(folder: Path, ranks: int) -> None:
+    """What ``elastic.resaved`` left: the same bits, written by so many ranks."""
+    before, after = tensors(folder / "before"), tensors(folder / "after")
+    assert CheckpointReader(find_checkpoint(folder / "after")).state.versions["ranks"] == str(ranks)
+    assert all(values.any() for (kind, _), values in before.items() if kind != "weight"), (
+        "no moments to be carried over"
+    )
+    assert different(before, after) == []

@@ -38,7 +38,6 @@ HIT = (STARTING, INDEXING, OPENING, STEP, WRITING, DELETING, EVALUATING)
 """What a run can be doing."""
 
 EVERYTHING, RANK, WORKER = "all processes at once", "one rank", "one data worker"
-VICTIMS = (EVERYTHING, RANK, WORKER)
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,8 @@ class Command:
         if launched:
             commands = [(["launch/local.sh", str(self.world), *options], {})]
         else:
-            train = [sys.executable, "-m", "evaclip", "train", *options]
-            commands = [(train, _rank_environment(rank, self.world, port)) for port in [_free_port()]
-                        for rank in range(self.world)]  # fmt: skip
+            train, port = [sys.executable, "-m", "evaclip", "train", *options], _free_port()
+            commands = [(train, _rank_environment(rank, self.world, port)) for rank in range(self.world)]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         start = Start(self, commands, launched=launched)
         try:
@@ -182,13 +180,9 @@ class Start:
         if any(map(self._is_new, checkpoints.glob(".step_*.deleted"))):
             return DELETING
         step = max(self.steps(), default=0)
-        if (
-            step % command.eval_every == 0
-            and f"evaluation at step {step}\n" not in said
-            and (step or "starting" in said)
-        ):
-            return EVALUATING
-        return STEP
+        fresh = step > 0 or "starting" in said
+        due = fresh and step % command.eval_every == 0 and f"evaluation at step {step}\n" not in said
+        return EVALUATING if due else STEP
 
     def _is_new(self, path: Path) -> bool:
         """Whether this start has made or changed a file."""
