@@ -1,11 +1,11 @@
-# make demo | test | exactness | check | format: everything runs in the virtual environment .venv, which is made when it is missing.
+# make demo | test | exactness | test-faults | check | format: everything runs in the virtual environment .venv, which is made when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One thread per process: torch's threads get into the way of the workers' and of each other on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test exactness check lint format clean
+.PHONY: demo test exactness test-faults check lint format clean
 
 $(BIN)/activate:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ test: $(VENV)/.dev
 exactness: $(VENV)/.dev
 	$(BIN)/python tools/make_demo_data.py data/demo
 	EVACLIP_WRITE_TABLES=1 $(BIN)/pytest -m matrix
+
+# All injected faults, under half an hour on two cores; writes the tables and the picture of docs/reliability.md.
+test-faults: $(VENV)/.dev
+	EVACLIP_WRITE_TABLES=1 $(BIN)/pytest -m faults
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

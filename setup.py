@@ -47,6 +47,7 @@ setup(
             "transformers>=4.50",
             "scikit-learn>=1.4",
             "matplotlib>=3.8",
+            "psutil>=5.9",
             "ruff==0.17.5",
             "pyright==1.1.414",
             "beartype>=0.20",

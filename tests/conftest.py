@@ -1,8 +1,10 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and the tables that long suites write."""
 
 import logging
+import os
 
 import pytest
+import tables
 from tiny import colour_records
 
 from evaclip.data.shards import write_shards
@@ -25,3 +27,12 @@ def no_log_handlers_left():
         if type(handler).__module__ == "evaclip.logs":
             root.removeHandler(handler)
             handler.close()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Only a whole suite that passed replaces its page's tables."""
+    config = session.config
+    chosen = config.option.keyword or config.args_source is pytest.Config.ArgsSource.ARGS
+    page = tables.PAGES.get(config.option.markexpr)
+    if page and tables.FIGURES and exitstatus == 0 and not chosen and os.environ.get("EVACLIP_WRITE_TABLES"):
+        tables.write(page)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from faults.elastic import resaved
+from faults.ends import assert_carried_over
 
 from distributed.cases import (
     ACCUMULATED,
@@ -60,6 +62,9 @@ def results(tmp_path_factory, colour_shards):
     folders = {world: tmp_path_factory.mktemp(f"world{world}_") for world in cases}
     found = {1: run_on_ranks(1, cases[1], folders[1])}
     cases[2]["continued"] = partial(continued, source=source, origin=folders[1] / "interrupted_torch")
+    for engine in ("zero1", "zero3"):
+        options = {"origin": folders[1] / "interrupted_torch", "source": source, "options": ENGINES[engine]}
+        cases[2][f"resaved_{engine}"] = partial(resaved, **options)
     found[2] = run_on_ranks(2, cases[2], folders[2])
     found[4] = run_on_ranks(4, cases[4], folders[4])
     here = tmp_path_factory.mktemp("continued")
@@ -174,6 +179,11 @@ def test_a_run_continues_at_another_world_size(results, world):
     for losses, log in of(results, world, "continued"):
         assert f"at step {STEPS // 2}" in log
         assert losses == pytest.approx(straight, rel=1e-5)  # sums over ranks in another order
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_weights_and_moments_pass_through_another_layout_bit_for_bit(results, engine):
+    assert_carried_over(of(results, 2, f"resaved_{engine}")[0], 2)
 
 
 def test_engines_continue_one_anothers_checkpoints(results):

@@ -9,6 +9,7 @@ import torch
 from distributed.cases import ENGINES, OFFLOADED, PIECES, STEPS, accumulated, bad_steps, same_gradients, trained
 from distributed.spawn import Case, run_on_ranks
 from distributed.test_ranks import EXPECTED_BAD_STEPS, _apart
+from tables import record
 
 from evaclip.config_file import load
 from evaclip.data.batch import PackedText
@@ -16,7 +17,6 @@ from evaclip.distributed import Ranks
 from evaclip.history import load_history
 from evaclip.models.text import TextTower
 from evaclip.train import train_on
-from exactness.report import record
 
 pytestmark = pytest.mark.matrix
 

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 from distributed.cases import ENGINES
 from distributed.spawn import run_on_ranks
+from tables import record
 
 from evaclip.config import InfoNceConfig, SigmoidConfig
 from exactness.peer_losses import BIAS, bytes_sent, open_clips, ours
 from exactness.peers import STEPS, accumulation, lamb
-from exactness.report import record
 
 pytestmark = pytest.mark.matrix
 
