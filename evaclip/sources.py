@@ -92,11 +92,11 @@ def _require_little_damage(name: str, paths: Sequence[str], facts: Sequence[Shar
         if fact.damage
     ]
     for count, what in damaged[:_MOST_NAMES]:
-        log.warning("%s; about %d of its records are lost: restore it", what, count)
+        log.warning("%s; perhaps %d of its records are lost: restore it", what, count)
     lost = sum(count for count, _ in damaged)
     if damaged:
         log.warning(
-            "source %s: %d of %d shards are damaged and lack about %d records; all that is left is read",
+            "source %s: %d of %d shards are damaged and lack perhaps %d records; all that is left is read",
             *(name, len(damaged), len(facts), lost),
         )
     if not records or lost > max(10, most * (lost + records)):
