@@ -267,8 +267,8 @@ def _after(delay: float, reached: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def any_time(start: Start, random: Random, duration: float) -> Callable[[], bool]:
-    """A random time within what a whole run takes."""
-    moment = random.uniform(0.1, duration)
+    """A random time within most of what a whole run takes; the last steps have their turn in a continued one."""
+    moment = random.uniform(0.1, 0.7 * duration)
     return lambda: start.seconds > moment
 
 
