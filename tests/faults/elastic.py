@@ -75,7 +75,7 @@ def resaved(ranks: Ranks, folder: Path, *, origin: Path, source: dict[str, Any],
         for name in ("before", "after"):
             shutil.copytree(origin, folder / name)
     ranks.barrier()
-    open_run(tiny_config(folder / "after", source, **options), ranks).save({}, {})
+    open_run(tiny_config(folder / "after", source, **options), ranks).save({}, {}, final=True)
     return folder
 
 
