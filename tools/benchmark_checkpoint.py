@@ -7,7 +7,8 @@ is written as in training: ``save`` returns when the state is copied, and steps 
 the checkpoint is complete. Its stall is the copy and what those steps took longer than steps just before; on few cores
 the writing thread takes some of theirs. torch.save is called between two steps, and its whole time is its stall, though
 it flushes nothing; its bandwidth counts a flush. Rounds are interleaved, figures are medians, ratios medians of each
-round's ratio. A round that is not counted warms up and allocates. The script fails where the two files do not hold the
+round's ratio. A round that is not counted warms up and allocates. Processor time (busy) is given beside wall time,
+which other work on the machine changes; steps are not part of it. The script fails where the two files do not hold the
 same bytes of tensors.
 
 The checksum's cost is that of writing a file of at most 256 MB, flush included, with the checksum against without, one
@@ -47,6 +48,8 @@ class Times(NamedTuple):
     """Of it, until ``save`` returned."""
     complete: float
     """Until everything was on the disk."""
+    busy: float
+    """Of a processor, in all threads."""
 
 
 class Steps:
@@ -128,23 +131,25 @@ def _measure(
 
 def _ours(writer: CheckpointWriter, progress: RunState, state: dict[str, dict[str, Tensor]], steps: Steps) -> Times:
     before = statistics.median(steps.take() for _ in range(9))
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     writer.save(progress, _entries(state), final=False)
-    copied = time.perf_counter()
+    copied, own = time.perf_counter(), time.thread_time()
     slower = 0.0
     while writer.newest != progress.step:
         slower += steps.take() - before
-    return Times(copied - start + max(0.0, slower), copied - start, time.perf_counter() - start)
+    complete = time.perf_counter()
+    busy = time.process_time() - busy - (time.thread_time() - own)
+    return Times(copied - start + max(0.0, slower), copied - start, complete - start, busy)
 
 
 def _torch_save(path: Path, state: dict[str, dict[str, Tensor]]) -> Times:
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     torch.save(state, path)
     saved = time.perf_counter()
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    return Times(saved - start, saved - start, time.perf_counter() - start)
+    return Times(saved - start, saved - start, time.perf_counter() - start, time.process_time() - busy)
 
 
 def _first_difference(checkpoint: Path, file: Path, shapes: dict[str, list[int]]) -> str | None:
@@ -180,8 +185,8 @@ def _checksum_cost(path: Path, state: dict[str, dict[str, Tensor]], rounds: int,
 
 def _print(taken: dict[str, list[Times]], size: int) -> None:
     for name, rounds in taken.items():
-        stall, copy, complete = (statistics.median(column) for column in zip(*rounds, strict=True))
-        rates = f"complete after {complete * 1e3:.0f} ms, {size / complete / 1e6:.0f} MB/s"
+        stall, copy, complete, busy = (statistics.median(column) for column in zip(*rounds, strict=True))
+        rates = f"complete after {complete * 1e3:.0f} ms, {size / complete / 1e6:.0f} MB/s, {busy * 1e3:.0f} ms busy"
         print(f"{name:10s} stall {stall * 1e3:.0f} ms, {copy * 1e3:.0f} ms of it not a step; {rates}")
     pairs = list(zip(taken["torch.save"], taken["ours"], strict=True))
     stall, copy = (statistics.median(a[column] / b[column] for a, b in pairs) for column in (0, 1))

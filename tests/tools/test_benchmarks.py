@@ -87,7 +87,9 @@ def test_checkpoint_benchmark_gives_stall_bandwidth_and_the_price_of_checksums(m
     assert benchmark_checkpoint.main(["--model", "tiny", "--rounds", "1", "--folder", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for name in ("ours", "torch.save"):
-        assert all(figures(rf"{name}\s+stall # ms, # ms of it not a step; complete after # ms, # MB/s", out)[2:])
+        assert all(
+            figures(rf"{name}\s+stall # ms, # ms of it not a step; complete after # ms, # MB/s, # ms busy", out)[2:]
+        )
     assert all(figures("torch.save / ours: stall #, without slower steps #, complete #", out))
     assert figures("with / without checksum: #", out)[0] > 0
     assert list(tmp_path.iterdir()) == []
