@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import benchmark_accumulation
+import benchmark_checkpoint
 import benchmark_loader
 import benchmark_loss
 import benchmark_optimizer
@@ -93,3 +94,29 @@ def test_accumulation_benchmark_notices_a_wrong_gradient(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_accumulation, "forward_backward", forgetful)
     assert benchmark_accumulation.main(["--blocks", "1", "--micro-batch", "2", "--pieces", "2"]) == 1
     assert "the two do not do the same work" in capsys.readouterr().err
+
+
+def test_checkpoint_benchmark_gives_stall_bandwidth_and_the_price_of_checksums(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(PRESETS, "tiny", tiny_tree("unused", {})["model"])
+    assert benchmark_checkpoint.main(["--model", "tiny", "--rounds", "1", "--folder", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for name in ("ours", "torch.save"):
+        assert all(
+            figures(rf"{name}\s+stall # ms, # ms of it not a step; complete after # ms, # MB/s, # ms busy", out)[2:]
+        )
+    assert all(figures("torch.save / ours: stall #, without slower steps #, complete #", out))
+    assert figures("with / without checksum: #", out)[0] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_benchmark_notices_other_bytes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(PRESETS, "tiny", tiny_tree("unused", {})["model"])
+    right = torch.save
+
+    def wrong(state, path):
+        state["exp_avg"]["image.head.weight"][0, 0] *= -1
+        right(state, path)
+
+    monkeypatch.setattr(torch, "save", wrong)
+    assert benchmark_checkpoint.main(["--model", "tiny", "--rounds", "1", "--folder", str(tmp_path)]) == 1
+    assert "error: exp_avg of image.head.weight differs" in capsys.readouterr().err
