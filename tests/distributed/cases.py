@@ -497,8 +497,8 @@ def failed_write(ranks: Ranks, folder: Path) -> list[str]:
     return ["no error"]
 
 
-def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
-    """A damaged shard that only one rank looks at stops all of them."""
+def unusable_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
+    """A shard that only one rank looks at and cannot use stops all of them."""
     try:
         open_sources(tiny_config(folder, {"shards": shards}), ranks)
     except EvaclipError as error:
@@ -506,7 +506,7 @@ def missing_shard(ranks: Ranks, folder: Path, *, shards: str) -> str:
     return "no error"
 
 
-def all_cases(source: dict[str, Any], damaged: str, world: int) -> dict[str, Any]:
+def all_cases(source: dict[str, Any], unusable: str, world: int) -> dict[str, Any]:
     """Cases by name for a number of ranks: what takes long runs on two, what depends on how shares are cut on four."""
     cases: dict[str, Any] = {}
     for name in ("info_nce", "sigmoid"):
@@ -523,11 +523,11 @@ def all_cases(source: dict[str, Any], damaged: str, world: int) -> dict[str, Any
         options = {**(ENGINES | OFFLOADED)[engine], "train__precision": precision}
         cases[f"bad_steps_{engine}_{precision}"] = partial(bad_steps, options=options)
     if world <= 2:
-        cases |= _runs(source, damaged, several=world > 1)
+        cases |= _runs(source, unusable, several=world > 1)
     return cases
 
 
-def _runs(source: dict[str, Any], damaged: str, *, several: bool) -> dict[str, Any]:
+def _runs(source: dict[str, Any], unusable: str, *, several: bool) -> dict[str, Any]:
     cases: dict[str, Any] = {
         f"losses_{engine}_{workers}": partial(losses, source=source, options={**options, "data__workers": workers})
         for engine, options in ENGINES.items()
@@ -560,5 +560,5 @@ def _runs(source: dict[str, Any], damaged: str, *, several: bool) -> dict[str, A
     cases["stop_request"] = stop_request
     cases["terminated"] = terminated
     cases["failed_write"] = failed_write
-    cases["damaged_shard"] = partial(missing_shard, shards=damaged)
+    cases["unusable_shard"] = partial(unusable_shard, shards=unusable)
     return cases

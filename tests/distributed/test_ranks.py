@@ -53,12 +53,11 @@ def chosen(by_world):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, colour_shards):
-    damaged = tmp_path_factory.mktemp("damaged")
-    write_shards(damaged, ((f"{n:03d}", {"txt": b"x", "jpg": b"y"}) for n in range(40)), 20)
-    whole = (damaged / "00001.tar").read_bytes()
-    (damaged / "00001.tar").write_bytes(whole[:5000])
-    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
-    cases = {world: all_cases(source, str(damaged / "{00000..00001}.tar"), world) for world in (1, 2, 4)}
+    unusable = tmp_path_factory.mktemp("unusable")
+    write_shards(unusable, ((f"{n:03d}", {"txt": b"x", "jpg": b"y"}) for n in range(40)), 20)
+    (unusable / "00001.tar.index.npz").unlink()
+    (unusable / "00001.tar.index.npz").mkdir()  # where no index can be written
+    cases = {world: all_cases(source, str(unusable / "{00000..00001}.tar"), world) for world in (1, 2, 4)}
     folders = {world: tmp_path_factory.mktemp(f"world{world}_") for world in cases}
     found = {1: run_on_ranks(1, cases[1], folders[1])}
     cases[2]["continued"] = partial(continued, source=source, origin=folders[1] / "interrupted_torch")
@@ -294,6 +293,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_damaged_shard_stops_every_rank(results, world):
-    for message in of(results, world, "damaged_shard"):
-        assert "00001.tar" in message
+def test_a_shard_that_one_rank_cannot_index_stops_every_rank(results, world):
+    for message in of(results, world, "unusable_shard"):
+        assert "00001.tar.index.npz cannot be written" in message
