@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# The full matrix, about an hour on two cores; writes the tables of docs/comparison.md.
+# The full matrix, one to two hours on two cores; writes the tables of docs/comparison.md.
 exactness: $(VENV)/.dev
 	$(BIN)/python tools/make_demo_data.py data/demo
 	EVACLIP_WRITE_TABLES=1 $(BIN)/pytest -m matrix

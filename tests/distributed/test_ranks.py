@@ -57,6 +57,7 @@ def results(tmp_path_factory, colour_shards):
     write_shards(unusable, ((f"{n:03d}", {"txt": b"x", "jpg": b"y"}) for n in range(40)), 20)
     (unusable / "00001.tar.index.npz").unlink()
     (unusable / "00001.tar.index.npz").mkdir()  # where no index can be written
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
     cases = {world: all_cases(source, str(unusable / "{00000..00001}.tar"), world) for world in (1, 2, 4)}
     folders = {world: tmp_path_factory.mktemp(f"world{world}_") for world in cases}
     found = {1: run_on_ranks(1, cases[1], folders[1])}

@@ -108,6 +108,10 @@ def results(tmp_path_factory, colour_shards):
     return on
 
 
+def _on(world):
+    return "1 rank" if world == 1 else f"{world} ranks"
+
+
 def of(results, world, *case):
     answers = results(world)[case]
     for answer in answers:
@@ -128,7 +132,7 @@ def test_the_demo_has_one_loss_curve(results, world, case):
     assert len(found) == 30
     assert found[-1] < 0.9 * found[0], "it learns"
     difference = largest_difference(found, reference)
-    record("Demo, 30 steps: largest relative difference of a loss", case, f"{world} ranks", difference)
+    record("Demo, 30 steps: largest relative difference of a loss", case, _on(world), difference)
     assert difference <= 1e-4  # fp32, sums in another order, 30 steps of LAMB
 
 
@@ -150,7 +154,7 @@ def test_optimizers_are_the_peers_on_the_same_gradients(results, world, precisio
     record(
         f"Off {peer} in fp64 on the same gradients, 20 steps, of the movement",
         f"{engine}, {precision}",
-        f"{world} ranks",
+        _on(world),
         rank["apart"],
     )
     assert rank["apart"] < 1e-6
@@ -165,7 +169,7 @@ def test_gradients_of_any_number_of_micro_batches(results, world, engine, loss):
     for pieces in PIECES:
         record(
             "Gradient in fp32 off the whole batch's in fp64: worst tensor, of the norm of all",
-            f"{loss}, {engine}, {world} ranks",
+            f"{loss}, {engine}, {_on(world)}",
             f"{pieces} micro-batches",
             found[pieces][0],
         )
@@ -182,7 +186,7 @@ def test_lamb_end_to_end(results, world, engine, pieces):
     record(
         "Weights after 20 steps of LAMB, in units of one process's own difference with 4 micro-batches",
         f"{engine}, {pieces} micro-batches",
-        f"{world} ranks",
+        _on(world),
         units,
     )
     assert units <= 3
