@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import colour_records, tiny_config
 
+from evaclip.data.accounts import account
 from evaclip.data.order import (
     Plan,
     SlotCursor,
@@ -22,7 +23,7 @@ from evaclip.data.order import (
     slots_of_rank,
     slots_of_worker,
 )
-from evaclip.data.pipeline import Stream, account, make_plan
+from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.shards import write_shards
 from evaclip.distributed import Ranks
 from evaclip.sources import open_sources

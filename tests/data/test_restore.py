@@ -40,7 +40,7 @@ def first_batch_after(folder, source, delivered):
     with patch.object(ShardReader, "load", autospec=True, side_effect=ShardReader.load) as load:
         start = time.perf_counter()
         stream = Stream(config, plan, open_sources(config, Ranks()), Ranks(), steps=1, states=states)
-        ((batch,), _) = next(iter(stream))
+        ((batch,), *_) = next(iter(stream))
         seconds = time.perf_counter() - start
     assert [(place.shard, place.record) for place in batch.places] == [(p.shard, p.record) for p in expected]
     return seconds, load.call_count
