@@ -152,6 +152,11 @@ class _SlotParts(IterableDataset[Any]):
             return sample, seed, Place(source, pick.shard, pick.record)
 
 
+def _as_it_is(part: Any) -> Any:
+    """In place of torch's conversion, which walks through every place and state of a part."""
+    return part
+
+
 class Stream:
     """A rank's part of each step: micro-batches, the state behind them, and what was skipped on the way.
 
@@ -179,7 +184,7 @@ class Stream:
         readers = [source.reader for source in sources.values()]
         per_slot = config.train.global_batch // plan.slots
         parts = _SlotParts(plan, readers, self.slots, per_slot, states, steps)
-        self._loader = loader(parts, workers=self._workers, batch_size=None)
+        self._loader = loader(parts, workers=self._workers, batch_size=None, collate_fn=_as_it_is)
         self._pin = ranks.device.type == "cuda"
 
     def __iter__(self) -> Iterator[Delivery]:
