@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evaclip.data.accounts import SourceAccount, account, require_balance, require_few_bad
@@ -83,7 +82,7 @@ class Accounting:
 
     def require_few_bad(self, most: float) -> None:
         """Stop at too many bad records; see ``accounts.require_few_bad``."""
-        require_few_bad(self.accounts, most, self._worst())
+        require_few_bad(self.accounts, most, self._worst)
 
     def lines(self) -> list[str]:
         """The accounts in words, for the end of the log."""
@@ -106,16 +105,13 @@ class Accounting:
             "reason": record.reason,
         }
 
-    def _worst(self) -> Mapping[str, str]:
-        """Source -> its shard with the most bad records."""
-        worst: dict[str, str] = {}
-        for (source, shard), count in self._bad.most_common():
-            worst.setdefault(source, f"{shard} with {count}")
-        return worst
+    def _worst(self, source: str) -> str:
+        """The source's shard with the most bad records."""
+        counts = [(count, shard) for (name, shard), count in self._bad.items() if name == source]
+        return "{1} with {0}".format(*max(counts)) if counts else "not known"  # the list was deleted
 
     def _tell(self) -> None:
         for name, entry in self.accounts.items():
             if entry.num_skipped and entry.num_skipped >= 2 * self._told.get(name, 0):  # each time they have doubled
-                worst = self._worst().get(name, "not known")
-                log.warning("source %s: records skipped so far: %s; most in %s", name, entry.reasons, worst)
+                log.warning("source %s: records skipped so far: %s; most in %s", name, entry.reasons, self._worst(name))
                 self._told[name] = entry.num_skipped

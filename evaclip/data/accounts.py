@@ -7,7 +7,7 @@ elsewhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from evaclip.data.order import Plan, SlotState
@@ -73,13 +73,13 @@ def _taken(state: SlotState, source: int) -> int:
     return state.delivered[source] + sum(count for which, _, count in state.skipped if which == source)
 
 
-def require_few_bad(accounts: Mapping[str, SourceAccount], most: float, worst: Mapping[str, str]) -> None:
+def require_few_bad(accounts: Mapping[str, SourceAccount], most: float, worst: Callable[[str], str]) -> None:
     """Stop at too many unusable records; small numbers are given the benefit of the doubt.
 
     Args:
         accounts: Source -> account.
         most: Largest allowed share of bad records.
-        worst: Source -> its shard with the most bad records, in words.
+        worst: Gives a source's shard with the most bad records, in words; asked where the run stops only.
 
     Raises:
         DataError: A source's share of bad records is above ``most``.
@@ -90,6 +90,6 @@ def require_few_bad(accounts: Mapping[str, SourceAccount], most: float, worst: M
         if bad > max(10, most * taken):
             raise DataError(
                 f"source {name}: {bad} of {taken} records cannot be used ({entry.reasons}), more than "
-                f"data.max_bad_fraction {most}; the worst shard is {worst.get(name, 'not known')}; mend the shards "
+                f"data.max_bad_fraction {most}; the worst shard is {worst(name)}; mend the shards "
                 f"(bad_records.jsonl names the records) or raise the limit"
             )

@@ -82,8 +82,8 @@ def open_file(location: str, cache: Cache | None = None) -> File:
     return _CachedFile(remote, cache) if cache else remote
 
 
-def _persistent(location: str, read: Callable[[], T]) -> T:
-    """The answer of ``read``, tried again while the storage fails."""
+def _persistent(location: str, read: Callable[[], T], faults: type[Exception]) -> T:
+    """The answer of ``read``, tried again while it raises ``faults``."""
     began = time.monotonic()
     for wait in (*_WAITS, None):
         try:
@@ -93,7 +93,7 @@ def _persistent(location: str, read: Callable[[], T]) -> T:
         except _FINAL as error:
             what = error.strerror or "it does not exist"
             raise NotThereError(f"{location} cannot be read ({what}); check the path and its permissions") from error
-        except Exception as error:  # fsspec hands on what its libraries raise
+        except faults as error:
             if wait is None:
                 raise DataError(
                     f"{location} cannot be read ({_text(error)}), tried {len(_WAITS) + 1} times in "
@@ -115,10 +115,10 @@ class _LocalFile:
     def __init__(self, location: str) -> None:
         self.location = location
         self._descriptor: int | None = None
-        self.size = _persistent(location, lambda: os.fstat(self._opened()).st_size)
+        self.size = _persistent(location, lambda: os.fstat(self._opened()).st_size, OSError)
 
     def read(self, start: int, length: int, *, fresh: bool = False) -> bytes:
-        return _persistent(self.location, lambda: self._try(start, length))
+        return _persistent(self.location, lambda: self._try(start, length), OSError)
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -144,18 +144,18 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """An object behind a URL."""
+    """An object behind a URL; fsspec hands on whatever its libraries raise."""
 
     def __init__(self, location: str) -> None:
         self.location = location
-        size = _persistent(location, lambda: _file_system(location).info(location)["size"])
+        size = _persistent(location, lambda: _file_system(location).info(location)["size"], Exception)
         if not isinstance(size, int):
             raise DataError(f"{location}: the server does not tell the size; serve the shards with Content-Length")
         self.size = size
 
     def read(self, start: int, length: int, *, fresh: bool = False) -> bytes:
         stop = min(start + length, self.size)
-        return _persistent(self.location, lambda: self._try(start, stop)) if start < stop else b""
+        return _persistent(self.location, lambda: self._try(start, stop), Exception) if start < stop else b""
 
     def close(self) -> None:
         pass

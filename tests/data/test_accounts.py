@@ -66,13 +66,13 @@ def test_accounts_add_up_over_slots():
 
 
 def test_a_few_bad_records_are_borne_and_too_many_stop_the_run():
-    require_few_bad({"a": SourceAccount(0.1, 5, {"checksum": 10})}, 0.05, {})
-    require_few_bad({"a": SourceAccount(0.1, 950, {"checksum": 50})}, 0.05, {})
+    require_few_bad({"a": SourceAccount(0.1, 5, {"checksum": 10})}, 0.05, str)
+    require_few_bad({"a": SourceAccount(0.1, 950, {"checksum": 50})}, 0.05, str)
     with pytest.raises(
         DataError,
         match=r"source a: 51 of 1000 records cannot be used \(11 checksum, 40 no_caption\), more than "
         r"data.max_bad_fraction 0.05; the worst shard is 7.tar with 30; mend the shards \(bad_records.jsonl names",
     ):
         require_few_bad(
-            {"a": SourceAccount(0.1, 949, {"no_caption": 40, "checksum": 11})}, 0.05, {"a": "7.tar with 30"}
+            {"a": SourceAccount(0.1, 949, {"no_caption": 40, "checksum": 11})}, 0.05, lambda _: "7.tar with 30"
         )
