@@ -25,8 +25,12 @@ from evaclip.errors import DataError
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 _PIECE = 8 << 20
+
+checksum = xxhash.xxh64_intdigest
+"""Of a member's bytes. xxh3 is faster, but by instructions that slow a processor's clock down: on a Xeon the JPEG
+decoder that runs next took 5 % longer (NOTES)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class ShardIndex:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     checksums: NDArray[np.uint64]
-    """xxh3 of each member's bytes."""
+    """xxh64 of each member's bytes."""
     gaps: tuple[Gap, ...] = ()
     """Bytes that belong to no member."""
 
@@ -139,7 +143,7 @@ def build_index(location: str | Path) -> ShardIndex:
 
 def _checksum(stream: io.BufferedReader, offset: int, size: int) -> int:
     stream.seek(offset)
-    state = xxhash.xxh3_64()
+    state = xxhash.xxh64()
     for start in range(0, size, _PIECE):
         state.update(stream.read(min(_PIECE, size - start)))
     return state.intdigest()

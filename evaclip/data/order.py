@@ -14,7 +14,7 @@ import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -24,15 +24,23 @@ _MASK = (1 << 64) - 1
 _BLOCKS, _RECORDS, _SOURCE = 1, 2, 3  # what a hash is drawn for
 
 
-def hash64(*words: int) -> int:
-    """Mix integers into 64 bits (the finaliser of splitmix64, doi:10.1145/2714064.2660195, once per word)."""
-    state = 0
+def hash64(*words: int, state: int = 0) -> int:
+    """Mix integers into 64 bits (the finaliser of splitmix64, doi:10.1145/2714064.2660195, once per word).
+
+    ``state`` is the hash of words that come before these.
+    """
     for word in words:
         state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
     return state
+
+
+@lru_cache(1 << 14)
+def _prefix(*words: int) -> int:
+    """The hash of words that many hashes begin with."""
+    return hash64(*words)
 
 
 def name_hash(name: str) -> int:
@@ -53,10 +61,11 @@ def permute(index: int, size: int, key: int) -> int:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
+    rounds = [_prefix(key, number) for number in range(4)]
     while True:
         left, right = index >> half, index & low
-        for round_number in range(4):
-            left, right = right, left ^ (hash64(key, round_number, right) & low)
+        for state in rounds:
+            left, right = right, left ^ (hash64(right, state=state) & low)
         index = left << half | right
         if index < size:
             return index
@@ -146,6 +155,8 @@ class Plan:
 
     def source_of(self, slot: int, number: int) -> int:
         """Index of the source that gives the slot's ``number``-th sample."""
+        if len(self.sources) == 1:
+            return 0
         drawn = uniform(self.seed, _SOURCE, slot, number)
         return min(bisect.bisect_right(self._shares, drawn), len(self.sources) - 1)
 
@@ -161,7 +172,7 @@ class Plan:
 
     def shuffled(self, source: int, pass_number: int, slot: int, window: int, offset: int, size: int) -> int:
         """Place, among a window's ``size`` records, of the one that comes ``offset``-th."""
-        return permute(offset, size, hash64(self.seed, _RECORDS, self.sources[source].key, pass_number, slot, window))
+        return permute(offset, size, _prefix(self.seed, _RECORDS, self.sources[source].key, pass_number, slot, window))
 
     def records_between(self, source: int, slot: int, start: Place, stop: Place) -> int:
         """How many records a slot takes of a source from one place to a later one."""
@@ -176,7 +187,8 @@ class Plan:
     def sample_seed(self, source: int, pass_number: int, shard: int, record: int) -> int:
         """63 random bits for everything that is random about a sample."""
         order = self.sources[source]
-        return hash64(self.seed, order.key, pass_number, order.layout.first_records[shard] + record) >> 1
+        number = order.layout.first_records[shard] + record
+        return hash64(number, state=_prefix(self.seed, order.key, pass_number)) >> 1
 
 
 class Place(NamedTuple):

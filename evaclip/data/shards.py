@@ -12,9 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import xxhash
-
-from evaclip.data.index import ShardIndex, build_index, ensure_index, index_path, read_index, save_index
+from evaclip.data.index import ShardIndex, build_index, checksum, ensure_index, index_path, read_index, save_index
 from evaclip.data.storage import Cache, File, is_remote, open_file
 from evaclip.data.tar import expand_names, write_tar
 from evaclip.errors import DataError
@@ -93,7 +91,7 @@ def read_record(file: File, index: ShardIndex, record: int) -> Record:
         spans = ((int(index.offsets[m]) - start, int(index.sizes[m])) for m in range(first, last + 1))
         contents = [data[offset : offset + size] for offset, size in spans]
         expected = index.checksums[first : last + 1].tolist()
-        if [xxhash.xxh3_64_intdigest(content) for content in contents] == expected:
+        if [checksum(content) for content in contents] == expected:
             extensions = [index.extensions[int(index.kinds[member])] for member in range(first, last + 1)]
             return Record(index.keys[record], dict(zip(extensions, contents, strict=True)))
     raise CorruptRecordError(f"{where} differs from its checksum")
