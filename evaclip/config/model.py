@@ -12,7 +12,11 @@ from evaclip.models.registry import ALIASES, PRESETS
 
 
 class ImageTowerConfig(Section):
-    """An EVA image tower: EVA-01 with the defaults, EVA-02 with rope, swiglu and sub_norm."""
+    """A vision transformer.
+
+    EVA-01 with the defaults, EVA-02 with rope, swiglu and sub_norm, 8B and 18B with rms_norm and fewer biases, OpenAI's
+    with embed_norm and its own biases.
+    """
 
     image_size: PositiveInt = 224
     """Side of the square input, in pixels."""
@@ -24,10 +28,23 @@ class ImageTowerConfig(Section):
     """Blocks."""
     heads: PositiveInt = 12
     """Attention heads; they divide the width."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """Feed-forward kind: two linear layers around a GELU, or a gated SiLU (arXiv:2002.05202)."""
+    mlp: Literal["gelu", "quick_gelu", "swiglu"] = "gelu"
+    """Feed-forward kind: two linear layers around a GELU or OpenAI's approximation of it (quick_gelu), or a gated SiLU
+    (arXiv:2002.05202)."""
     mlp_width: PositiveInt = 3072
     """Hidden channels of the feed-forward."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Kind of all norms of the tower: layer norm, or root mean square without bias (arXiv:1910.07467; 8B and 18B)."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the variance in norms."""
+    embed_norm: bool = False
+    """A norm before the first block (OpenAI's CLIP)."""
+    qkv_bias: Literal["qv", "qkv", "none"] = "qv"
+    """Which of queries, keys and values have a bias."""
+    patch_bias: bool = True
+    """Whether the patch embedding has a bias."""
+    head_bias: bool = True
+    """Whether the projection to the features has a bias."""
     sub_norm: bool = False
     """Norms inside attention and feed-forward, before their last linear layer (EVA-02)."""
     rope: bool = False
@@ -81,6 +98,8 @@ class TextTowerConfig(Section):
     """Blocks."""
     heads: PositiveInt = 8
     """Attention heads; they divide the width."""
+    mlp: Literal["gelu", "quick_gelu"] = "gelu"
+    """Feed-forward kind: two linear layers around a GELU, or around OpenAI's approximation of it."""
     mlp_width: PositiveInt = 2048
     """Hidden channels of the feed-forward."""
 

@@ -1,8 +1,8 @@
 """The text tower: packed captions in, one feature per caption out.
 
-The pre-norm causal transformer of CLIP (arXiv:2103.00020) with exact GELU. It sees captions behind one another
-(``PackedText``) and computes nothing for padding but what the packing asks for. It does not know the tokenizer: the
-feature is read at a caption's last token, whatever that is. Every parameter is used in the forward of the module
+The pre-norm causal transformer of CLIP (arXiv:2103.00020), with exact GELU or OpenAI's. It sees captions behind one
+another (``PackedText``) and computes nothing for padding but what the packing asks for. It does not know the tokenizer:
+the feature is read at a caption's last token, whatever that is. Every parameter is used in the forward of the module
 that owns it, so that an engine may bring parameters in module by module.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evaclip.config import TextTowerConfig
 from evaclip.data.batch import PackedText
 from evaclip.models.attention import packed_causal_attention
+from evaclip.models.quick_gelu import quick_gelu
 
 _NORM_EPS = 1e-5
 
@@ -87,13 +88,14 @@ class TextAttention(nn.Module):
 
 
 class TextMLP(nn.Module):
-    """Two linear layers around an exact GELU."""
+    """Two linear layers around a GELU."""
 
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
+        self.activation = quick_gelu if config.mlp == "quick_gelu" else F.gelu
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         """Each token by itself."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))

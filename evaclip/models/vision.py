@@ -1,8 +1,9 @@
 """The EVA image tower: pixels in, one feature per image out.
 
 EVA-01 (arXiv:2211.07636) and EVA-02 (arXiv:2303.11331) as EVA-CLIP trains them (arXiv:2303.15389): class-token
-pooling, a learned position embedding, and per model rotary positions, SwiGLU, inner norms, norms behind the branches
-or a learned scale per channel. Patches that a sample drops are never normalised, embedded or attended to.
+pooling, a learned position embedding, and per model rotary positions, SwiGLU, inner norms, norms behind the branches,
+root-mean-square norms or a learned scale per channel; and OpenAI's vision transformer (arXiv:2103.00020), which has one
+more norm and other biases. Patches that a sample drops are never normalised, embedded or attended to.
 
 This module decides what is computed. It does not know ranks, precision policy, how blocks are compiled or
 checkpointed, or whether it is being trained: only ``seeds`` bring in randomness. Every parameter is used in the
@@ -10,6 +11,8 @@ forward of the module that owns it, so that an engine may bring parameters in mo
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +22,9 @@ from torch import Tensor, nn
 from evaclip.config import ImageTowerConfig
 from evaclip.models.attention import attention
 from evaclip.models.constant import Constant
+from evaclip.models.quick_gelu import quick_gelu
 from evaclip.models.rope import rotate, rotation_table
 from evaclip.models.token_drop import drop_path_scales, kept_patches
-
-_NORM_EPS = 1e-6
 
 
 class ImageTower(nn.Module):
@@ -38,15 +40,16 @@ class ImageTower(nn.Module):
         self.config = config
         num_patches = config.grid**2
         self.pixels = Constant(_pixel_normalisation(config))
-        self.patch_embed = PatchEmbedding(3 * config.patch_size**2, config.width)
+        self.patch_embed = PatchEmbedding(3 * config.patch_size**2, config.width, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.position_embedding = nn.Parameter(torch.empty(1 + num_patches, config.width))
         self.rope = Constant(rotation_table(config.grid, config.width // config.heads)) if config.rope else None
         probabilities = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float64, device="cpu")
         self.drop_path = Constant(probabilities) if config.drop_path else None
+        self.embed_norm = _norm(config, config.width) if config.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=_NORM_EPS)
-        self.head = nn.Linear(config.width, embed_dim)
+        self.norm = _norm(config, config.width)
+        self.head = nn.Linear(config.width, embed_dim, bias=config.head_bias)
 
     def forward(
         self,
@@ -66,7 +69,7 @@ class ImageTower(nn.Module):
         kept = None
         if seeds is not None and self.config.kept_patches < self.config.grid**2:
             kept = kept_patches(seeds, self.config.grid**2, self.config.kept_patches)
-        x = self._embed(images, kept)
+        x = self.embed_norm(self._embed(images, kept))
         rope = self._rotations(kept)
         scales = None if seeds is None or self.drop_path is None else drop_path_scales(seeds, self.drop_path.value)
         for layer, block in enumerate(self.blocks):
@@ -108,6 +111,11 @@ class ImageTower(nn.Module):
             raise ValueError(f"images are {images.dtype}; give uint8 pixels, or floats normalised by mean and std")
 
 
+def _norm(config: ImageTowerConfig, channels: int) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms_norm" else nn.LayerNorm
+    return kind(channels, eps=config.norm_eps)
+
+
 def _pixel_normalisation(config: ImageTowerConfig) -> Float[Tensor, "2 3 1 1"]:
     """Gain and shift per colour: (pixel / 255 - mean) / std = pixel * gain + shift."""
     mean = torch.tensor(config.mean, dtype=torch.float64, device="cpu")
@@ -132,9 +140,9 @@ class Block(nn.Module):
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
         self.post_norm = config.post_norm
-        self.norm1 = nn.LayerNorm(config.width, eps=_NORM_EPS)
+        self.norm1 = _norm(config, config.width)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=_NORM_EPS)
+        self.norm2 = _norm(config, config.width)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
         scaled = config.layer_scale is not None
         self.scale1 = nn.Parameter(torch.empty(config.width)) if scaled else None
@@ -173,8 +181,8 @@ class Attention(nn.Module):
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = QKV(config.width)
-        self.norm = nn.LayerNorm(config.width, eps=_NORM_EPS) if config.sub_norm else nn.Identity()
+        self.qkv = QKV(config.width, config.qkv_bias)
+        self.norm = _norm(config, config.width) if config.sub_norm else nn.Identity()
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(
@@ -192,31 +200,39 @@ class Attention(nn.Module):
 
 
 class QKV(nn.Module):
-    """Queries, keys and values by one matrix; the keys' bias is zero by construction, since softmax cancels it."""
+    """Queries, keys and values by one matrix.
 
-    def __init__(self, width: int) -> None:
+    The keys' bias is zero by construction, since softmax cancels it, where a model was not trained with one.
+    """
+
+    def __init__(self, width: int, biases: Literal["qv", "qkv", "none"]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * width, width))
-        self.q_bias = nn.Parameter(torch.empty(width))
-        self.v_bias = nn.Parameter(torch.empty(width))
+        self.q_bias = nn.Parameter(torch.empty(width)) if biases != "none" else None
+        self.k_bias = nn.Parameter(torch.empty(width)) if biases == "qkv" else None
+        self.v_bias = nn.Parameter(torch.empty(width)) if biases != "none" else None
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens qkv"]:
         """Queries, keys, values, one behind the other."""
-        return F.linear(x, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        if self.q_bias is None or self.v_bias is None:
+            return F.linear(x, self.weight)
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        return F.linear(x, self.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
 
 
 class MLP(nn.Module):
-    """Two linear layers around an exact GELU (EVA-01)."""
+    """Two linear layers around a GELU (EVA-01)."""
 
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
+        self.activation = quick_gelu if config.mlp == "quick_gelu" else F.gelu
         self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.norm = nn.LayerNorm(config.mlp_width, eps=_NORM_EPS) if config.sub_norm else nn.Identity()
+        self.norm = _norm(config, config.mlp_width) if config.sub_norm else nn.Identity()
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Each token by itself."""
-        return self.fc2(self.norm(F.gelu(self.fc1(x))))
+        return self.fc2(self.norm(self.activation(self.fc1(x))))
 
 
 class SwiGLU(nn.Module):
@@ -225,7 +241,7 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
         self.w12 = nn.Linear(config.width, 2 * config.mlp_width)
-        self.norm = nn.LayerNorm(config.mlp_width, eps=_NORM_EPS) if config.sub_norm else nn.Identity()
+        self.norm = _norm(config, config.mlp_width) if config.sub_norm else nn.Identity()
         self.w3 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:

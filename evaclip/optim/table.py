@@ -71,7 +71,7 @@ def layer_of(name: str, depth: int) -> int:
     """A tower parameter's layer: 0 for embeddings, then one per block, ``depth + 1`` for what follows them."""
     if match := re.match(r"blocks\.(\d+)\.", name):
         return int(match[1]) + 1
-    if name.startswith(("patch_embed.", "token_embedding.")) or name in _UNDECAYED:
+    if name.startswith(("patch_embed.", "embed_norm.", "token_embedding.")) or name in _UNDECAYED:
         return 0
     if name.startswith(("norm.", "head.")) or name == "projection":
         return depth + 1
