@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from evaclip.data.accounts import SourceAccount, account, require_balance, require_few_bad
 from evaclip.distributed import agreed
 from evaclip.errors import writing
-from evaclip.history import append_rows, cut_rows
+from evaclip.history import append_rows, cut_rows, read_rows
 
 if TYPE_CHECKING:
     from evaclip.data.pipeline import BadRecord
@@ -36,12 +36,11 @@ class Accounting:
         self._told: dict[str, int] = {}
         self._bad: Counter[tuple[str, str]] = Counter()
         self.accounts: dict[str, SourceAccount] = {}
-        rows: list[tuple[str, str]] = []
         with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if run.ranks.is_main:
-                kept = cut_rows(self._path, run.step if run.slot_states else -1)
-                rows = [(str(row["source"]), str(row["shard"])) for row in kept]
-        self._bad.update(run.ranks.from_main(rows))
+                cut_rows(self._path, run.step if run.slot_states else -1)
+                self._bad.update((str(row["source"]), str(row["shard"])) for row in read_rows(self._path))
+        self._bad = run.ranks.from_main(self._bad)
 
     def collect(self, run: Run) -> None:
         """Bring the accounts to this step; every rank calls it.
@@ -66,8 +65,7 @@ class Accounting:
             self._bad[source, run.sources[source].reader.shard_name(record.place.shard)] += 1
         with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if skipped and run.ranks.is_main:
-                names = run.record_names([record.place for record in skipped])
-                append_rows(self._path, (self._row(run, *pair) for pair in zip(skipped, names, strict=True)))
+                append_rows(self._path, (self._row(run, record) for record in skipped))
         if run.ranks.is_main:
             self._tell()
 
@@ -93,14 +91,14 @@ class Accounting:
             for name, entry in self.accounts.items()
         ]
 
-    def _row(self, run: Run, record: BadRecord, name: str) -> dict[str, object]:
+    def _row(self, run: Run, record: BadRecord) -> dict[str, object]:
         source = run.plan.sources[record.place.source].name
         shard = run.sources[source].reader.shard_name(record.place.shard)
         return {
             "step": run.step,
             "source": source,
             "shard": shard,
-            "record": name,
+            "record": f"{source} {record.name}",
             "pass": record.pass_number,
             "reason": record.reason,
         }

@@ -27,16 +27,22 @@ _FIXED = (
 _MOVABLE = (".shards", "model.name")  # content is compared by digest, names by what they stand for
 
 
-def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path) -> Changes:
+def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path, *, slots: int) -> Changes:
     """Refuse to continue a run as another one; returns what else has changed.
+
+    Args:
+        saved: Configuration of the checkpoint.
+        wanted: Configuration to go on with.
+        origin: The checkpoint.
+        slots: That the run has, given or chosen.
 
     Raises:
         ConfigError: Something that makes the model or the data order differs; the message holds the difference.
     """
     changes = differences(flatten(saved) | _orders(saved), flatten(wanted) | _orders(wanted))
     refused = {key: pair for key, pair in changes.items() if key.startswith(_FIXED) and not key.endswith(_MOVABLE)}
-    if wanted.data.slots is not None and saved.data.slots != wanted.data.slots:
-        refused["data.slots"] = (saved.data.slots, wanted.data.slots)
+    if wanted.data.slots not in (None, slots):
+        refused["data.slots"] = (slots, wanted.data.slots)
     if refused:
         raise ConfigError(
             "\n  ".join([f"{origin} was made by another model or data order; use a new run_dir", *lines(refused)])

@@ -148,17 +148,26 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         os.fsync(file.fileno())
 
 
-def cut_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Take the rows after ``step``, and half a line, out of such a list; returns the others."""
+def cut_rows(path: Path, step: int) -> None:
+    """Cut the rows after ``step``, and half a line, off such a list, whose steps never descend."""
+    end = 0
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if (found := _step_of(line.encode())) is not None and found <= step]
-    if len(kept) < len(lines):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-    return [json.loads(line) for line in kept]
+        return
+    with path.open("r+b") as file:
+        for line in file:
+            found = _step_of(line)
+            if found is None or found > step:
+                break
+            end += len(line)
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of such a list; none where there is no list."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
 def load_history(path: Path) -> list[Row]:

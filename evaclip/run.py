@@ -163,7 +163,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     _require_exact_accumulation(config, ranks, pieces)
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
-    changed = changes.refuse_changes(reader.config, config, reader.path) if reader else {}
+    changed = changes.refuse_changes(reader.config, config, reader.path, slots=reader.state.slots) if reader else {}
     sources = open_sources(config, ranks)
     if reader:
         _require_same_data(reader, sources)
@@ -272,7 +272,8 @@ def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
     state = reader.state
     optimizer.updates.fill_(state.updates)
     optimizer.consecutive_skips.fill_(state.consecutive_skips)
-    optimizer.grad_scale.fill_(state.grad_scale)
+    if reader.config.train.precision == run.config.train.precision:  # a loss scale belongs to its precision
+        optimizer.grad_scale.fill_(state.grad_scale)
     run.step = state.step
     run.meter_state = state.meter
     run.slot_states = {slot: SlotState.parse(state) for slot, state in state.slot_states.items()}

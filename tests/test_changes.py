@@ -10,7 +10,7 @@ from evaclip.optim.schedule import learning_rate_factor
 
 def test_harmless_changes_are_returned_with_old_and_new_value(tmp_path):
     before, now = tiny_config(tmp_path), tiny_config(tmp_path, optim__lr=5e-4, train__steps=9, log__every_steps=3)
-    assert refuse_changes(before, now, tmp_path) == {
+    assert refuse_changes(before, now, tmp_path, slots=16) == {
         "log.every_steps": (1, 3),
         "optim.lr": (0.001, 0.0005),
         "train.steps": (4, 9),
@@ -25,7 +25,11 @@ def test_what_makes_the_model_or_the_order_is_refused(tmp_path, key, value):
     with pytest.raises(
         ConfigError, match=rf"(?s)another model or data order; use a new run_dir.*{key.split('__')[-1]}"
     ):
-        refuse_changes(tiny_config(tmp_path), tiny_config(tmp_path, **{key: value}), tmp_path)
+        refuse_changes(tiny_config(tmp_path), tiny_config(tmp_path, **{key: value}), tmp_path, slots=16)
+
+
+def test_the_slots_that_a_run_has_may_be_named(tmp_path):
+    refuse_changes(tiny_config(tmp_path), tiny_config(tmp_path, data__slots=16), tmp_path, slots=16)
 
 
 def test_learning_rates_of_the_next_step_follow_the_schedule_of_each_configuration(tmp_path):

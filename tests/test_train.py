@@ -155,7 +155,7 @@ def test_another_order_of_sources_or_slots_is_refused(tmp_path):
     swapped = dict(reversed(sources.items()))
     with pytest.raises(ConfigError, match=r"data\.sources\. in order: \['a', 'b'\] -> \['b', 'a'\]"):
         train(tiny_config(tmp_path, data__sources=swapped, train__steps=6))
-    with pytest.raises(ConfigError, match=r"data\.slots: None -> 8"):
+    with pytest.raises(ConfigError, match=r"data\.slots: 16 -> 8"):
         train(tiny_config(tmp_path, data__sources=sources, data__slots=8, train__steps=6))
 
 
@@ -165,7 +165,7 @@ def test_other_content_of_a_source_is_refused(tmp_path, colour_shards):
     source = {"shards": str(shard)}
     train(tiny_config(tmp_path / "run", source))
     shutil.copy(colour_shards / "00001.tar", shard)
-    (tmp_path / "colours.tar.index.npz").unlink()
+    (tmp_path / "colours.tar.index.safetensors").unlink()
     with pytest.raises(CheckpointError, match="source tiny holds other records"):
         train(tiny_config(tmp_path / "run", source, train__steps=6))
 
@@ -261,6 +261,14 @@ def test_fp16_halves_its_loss_scale_at_each_overflow_until_steps_apply(tmp_path)
     assert 0 < skipped < 10  # gradients of a few hundred overflow at the initial 2**16
     assert progress.updates == 10 - skipped
     assert progress.grad_scale == 2.0 ** (16 - skipped)
+
+
+@pytest.mark.parametrize(("first", "second", "scale"), [("fp16", "fp32", 1.0), ("fp32", "fp16", 2.0**16)])
+def test_a_loss_scale_is_not_carried_over_to_another_precision(tmp_path, first, second, scale):
+    train(tiny_config(tmp_path, train__steps=2, train__precision=first))
+    train(tiny_config(tmp_path, train__steps=3, train__precision=second))
+    progress = CheckpointReader(find_checkpoint(tmp_path)).state
+    assert progress.grad_scale == scale / 2**progress.consecutive_skips
 
 
 def test_16_bit_weights_resume_from_their_fp32_master(tmp_path):

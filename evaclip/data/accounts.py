@@ -57,9 +57,9 @@ def require_balance(plan: Plan, before: Mapping[int, SlotState], after: Mapping[
         start = before.get(slot) or SlotState.first(len(plan.sources))
         for number, source in enumerate(plan.sources):
             counted = _taken(state, number) - _taken(start, number)
-            expected = plan.records_between(number, slot, start.places[number], state.places[number])
+            expected = plan.records_between(number, slot, start.positions[number], state.positions[number])
             if counted != expected:
-                place = state.places[number]
+                place = state.positions[number]
                 window = plan.window(number, place.pass_number, slot, place.window)
                 shards = sorted({block.shard for block in window})
                 raise DataError(

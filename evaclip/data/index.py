@@ -7,17 +7,20 @@ content cannot change unseen. Damage is remembered with it, so that nothing is l
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from evaclip.data.storage import NotThereError, as_stream, is_remote, open_file
 from evaclip.data.tar import Gap, scan, split_name
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 
 INDEX_VERSION = 3
 _PIECE = 8 << 20
+_ARRAYS = ("key_ends", "starts", "kinds", "offsets", "sizes", "checksums")
 
 checksum = xxhash.xxh64_intdigest
 """Of a member's bytes. xxh3 is faster, but by instructions that slow a processor's clock down: on a Xeon the JPEG
@@ -38,7 +42,10 @@ class ShardIndex:
     """What a tar holds. Records are runs of members with one key; arrays are aligned with the members."""
 
     tar_size: int
-    keys: tuple[str, ...]
+    key_bytes: bytes
+    """Keys, one behind the other: most of them are never looked at."""
+    key_ends: NDArray[np.int64]
+    """Where each key ends."""
     extensions: tuple[str, ...]
     starts: NDArray[np.int64]
     """First member of each record, and the number of members at the end."""
@@ -54,14 +61,22 @@ class ShardIndex:
     @property
     def num_records(self) -> int:
         """Records in the shard."""
-        return len(self.keys)
+        return len(self.key_ends)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Key of each record."""
+        ends = self.key_ends.tolist()
+        spans = zip([0, *ends], ends, strict=False)
+        return tuple(self.key_bytes[start:end].decode(errors="surrogateescape") for start, end in spans)
 
     @cached_property
     def digest(self) -> str:
         """Identity of the content: keys, extensions and checksums in order, wherever the bytes lie."""
         state = xxhash.xxh3_128()
-        state.update("\0".join((*self.keys, "", *self.extensions)).encode(errors="surrogateescape"))
-        for array in (self.starts, self.kinds, self.sizes, self.checksums):
+        state.update("\0".join(self.extensions).encode(errors="surrogateescape"))
+        state.update(self.key_bytes)
+        for array in (self.key_ends, self.starts, self.kinds, self.sizes, self.checksums):
             state.update(array.tobytes())
         return state.hexdigest()
 
@@ -70,7 +85,7 @@ class ShardIndex:
         """What is wrong with the shard, in words; empty if nothing is."""
         if self.gaps:
             return f"{self.gaps[0].what} at byte {self.gaps[0].start:,}"
-        return "" if self.keys else "it holds no records"
+        return "" if self.num_records else "it holds no records"
 
     @property
     def lost_records(self) -> int:
@@ -82,9 +97,12 @@ class ShardIndex:
         """The index of some consecutive records, without what they do not need."""
         count = min(count, self.num_records - first)
         low, high = int(self.starts[first]), int(self.starts[first + count])
+        ends = self.key_ends[first : first + count]
+        before = int(self.key_ends[first - 1]) if first else 0
         return ShardIndex(
             self.tar_size,
-            self.keys[first : first + count],
+            self.key_bytes[before : int(ends[-1])],
+            ends - before,
             self.extensions,
             self.starts[first : first + count + 1] - low,
             self.kinds[low:high].copy(),
@@ -128,9 +146,11 @@ def build_index(location: str | Path) -> ShardIndex:
             spans.append((found.offset, found.size, _checksum(stream, found.offset, found.size)))
     file.close()
     offsets, sizes, checksums = zip(*spans, strict=True) if spans else ((), (), ())
+    names = [key.encode(errors="surrogateescape") for key in keys]
     return ShardIndex(
         tar_size=file.size,
-        keys=tuple(keys),
+        key_bytes=b"".join(names),
+        key_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
         extensions=tuple(extensions),
         starts=np.array([*starts, len(spans)], np.int64),
         kinds=np.array(kinds, np.int32),
@@ -156,10 +176,10 @@ def index_path(location: str | Path, index_dir: str | None) -> str:
     """Where a shard's index lies: beside it, or in ``index_dir`` under the shard's whole path."""
     location = str(location)
     if index_dir is None:
-        return f"{location}.index.npz"
+        return f"{location}.index.safetensors"
     whole = location if is_remote(location) else str(Path(location).resolve())
     name = location.rpartition("/")[2]
-    return str(Path(index_dir) / f"{xxhash.xxh3_64_hexdigest(os.fsencode(whole))}-{name}.index.npz")
+    return str(Path(index_dir) / f"{xxhash.xxh3_64_hexdigest(os.fsencode(whole))}-{name}.index.safetensors")
 
 
 def save_index(index: ShardIndex, path: str | Path) -> None:
@@ -169,20 +189,7 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(
-                file,
-                version=np.int64(INDEX_VERSION),
-                tar_size=np.int64(index.tar_size),
-                starts=index.starts,
-                kinds=index.kinds,
-                offsets=index.offsets,
-                sizes=index.sizes,
-                checksums=index.checksums,
-                gaps=np.array([(gap.start, gap.stop) for gap in index.gaps], np.int64).reshape(-1, 2),
-                gap_texts=_as_bytes(gap.what for gap in index.gaps),
-                keys=_as_bytes(index.keys),
-                extensions=_as_bytes(index.extensions),
-            )
+            file.write(_to_bytes(index))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -190,12 +197,26 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _as_bytes(words: Iterable[str]) -> NDArray[np.uint8]:
-    return np.frombuffer("\0".join(words).encode(errors="surrogateescape"), np.uint8)
+def _to_bytes(index: ShardIndex) -> bytes:
+    """The file's content: arrays, the rest as JSON, and a checksum of both."""
+    facts = {
+        "version": INDEX_VERSION,
+        "tar_size": index.tar_size,
+        "extensions": index.extensions,
+        "gaps": [(gap.start, gap.stop, gap.what) for gap in index.gaps],
+    }
+    arrays: dict[str, NDArray[Any]] = {name: getattr(index, name) for name in _ARRAYS}
+    arrays["keys"] = np.frombuffer(index.key_bytes, np.uint8)
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    arrays["xxh3"] = np.array([_own_checksum(arrays)], np.uint64)
+    return save(arrays)
 
 
-def _as_words(array: NDArray[np.uint8]) -> tuple[str, ...]:
-    return tuple(array.tobytes().decode(errors="surrogateescape").split("\0")) if array.size else ()
+def _own_checksum(arrays: Mapping[str, NDArray[Any]]) -> int:
+    state = xxhash.xxh3_64()
+    for name in (*_ARRAYS, "keys", "facts"):
+        state.update(arrays[name].tobytes())
+    return state.intdigest()
 
 
 def read_index(path: str | Path) -> ShardIndex | None:
@@ -206,22 +227,29 @@ def read_index(path: str | Path) -> ShardIndex | None:
     """
     try:
         file = open_file(str(path))
-        with np.load(io.BytesIO(file.read(0, file.size)), allow_pickle=False) as saved:
-            if int(saved["version"]) != INDEX_VERSION:
-                return None
-            arrays = {name: saved[name] for name in ("starts", "kinds", "offsets", "sizes", "checksums")}
-            keys, extensions, texts = (_as_words(saved[name]) for name in ("keys", "extensions", "gap_texts"))
-            gaps = tuple(Gap(int(a), int(b), what) for (a, b), what in zip(saved["gaps"], texts, strict=True))
-            return ShardIndex(int(saved["tar_size"]), keys, extensions, **arrays, gaps=gaps)
-    except (NotThereError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = load(file.read(0, file.size))
+        if _own_checksum(arrays) != int(arrays["xxh3"][0]):
+            return None
+        facts = json.loads(arrays["facts"].tobytes())
+        if facts["version"] != INDEX_VERSION:
+            return None
+        return ShardIndex(
+            facts["tar_size"],
+            arrays["keys"].tobytes(),
+            arrays["key_ends"],
+            tuple(facts["extensions"]),
+            **{name: arrays[name] for name in _ARRAYS[1:]},
+            gaps=tuple(Gap(*gap) for gap in facts["gaps"]),
+        )
+    except (NotThereError, ValueError, KeyError, IndexError, SafetensorError):
         return None  # absent, torn or of another kind: it is built again
 
 
 def ensure_index(location: str | Path, index_dir: str | None = None) -> ShardIndex:
     """A shard's index, built and saved if it is absent or describes another tar.
 
-    An index of a tar of another size is kept if the tar holds nothing else: then it was cut off or damaged since, and
-    what it lacks is to be missed when it is read.
+    An index of a tar of another size is kept if the tar is damaged and holds nothing else: then it was cut off since,
+    and what it lacks is to be missed when it is read.
 
     Raises:
         DataError: The shard cannot be read, or the index cannot be saved.
@@ -235,7 +263,7 @@ def ensure_index(location: str | Path, index_dir: str | None = None) -> ShardInd
     if saved is None and is_remote(path):
         raise DataError(f"{path} does not exist and cannot be written there; set data.index_dir to a local folder")
     index = build_index(location)
-    if saved is not None and _lacks_some(index, saved):
+    if saved is not None and index.gaps and _lacks_some(index, saved):
         lost = len(saved.checksums) - len(index.checksums)
         log.warning("%s lacks %d of %d indexed members: restore it", location, lost, len(saved.checksums))
         return saved

@@ -174,14 +174,14 @@ class Plan:
         """Place, among a window's ``size`` records, of the one that comes ``offset``-th."""
         return permute(offset, size, _prefix(self.seed, _RECORDS, self.sources[source].key, pass_number, slot, window))
 
-    def records_between(self, source: int, slot: int, start: Place, stop: Place) -> int:
+    def records_between(self, source: int, slot: int, start: Position, stop: Position) -> int:
         """How many records a slot takes of a source from one place to a later one."""
         assert start <= stop, f"{start} lies behind {stop}"
         records, place = stop.offset - start.offset, start
         while place[:2] < stop[:2]:
             size = sum(block.size for block in self.window(source, place.pass_number, slot, place.window))
             records += size
-            place = Place(place.pass_number, place.window + 1) if size else Place(place.pass_number + 1)
+            place = Position(place.pass_number, place.window + 1) if size else Position(place.pass_number + 1)
         return records
 
     def sample_seed(self, source: int, pass_number: int, shard: int, record: int) -> int:
@@ -191,7 +191,7 @@ class Plan:
         return hash64(number, state=_prefix(self.seed, order.key, pass_number)) >> 1
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a slot stands in a source: the next record to take."""
 
     pass_number: int = 0
@@ -211,7 +211,7 @@ class Pick(NamedTuple):
 class SlotState(NamedTuple):
     """All that a slot remembers: JSON keeps it as three lists."""
 
-    places: tuple[Place, ...]
+    positions: tuple[Position, ...]
     """Per source."""
     delivered: tuple[int, ...]
     """Samples per source."""
@@ -221,13 +221,17 @@ class SlotState(NamedTuple):
     @classmethod
     def first(cls, num_sources: int) -> SlotState:
         """Nothing is taken yet."""
-        return cls((Place(),) * num_sources, (0,) * num_sources)
+        return cls((Position(),) * num_sources, (0,) * num_sources)
 
     @classmethod
     def parse(cls, value: Sequence[Any]) -> SlotState:
         """The state that JSON kept."""
-        places, delivered, skipped = value
-        return cls(tuple(Place(*place) for place in places), tuple(delivered), tuple((*entry,) for entry in skipped))
+        positions, delivered, skipped = value
+        return cls(
+            tuple(Position(*position) for position in positions),
+            tuple(delivered),
+            tuple((*entry,) for entry in skipped),
+        )
 
 
 class SlotCursor:
@@ -241,7 +245,7 @@ class SlotCursor:
         self.plan = plan
         self.slot = slot
         state = state or SlotState.first(len(plan.sources))
-        self._places = list(state.places)
+        self._positions = list(state.positions)
         self._delivered = list(state.delivered)
         self._skipped = {(source, why): number for source, why, number in state.skipped}
         self._windows: dict[int, tuple[tuple[int, int], list[Block], int]] = {}
@@ -250,7 +254,7 @@ class SlotCursor:
     def state(self) -> SlotState:
         """What a new cursor needs to go on from here."""
         skipped = tuple((source, why, number) for (source, why), number in sorted(self._skipped.items()))
-        return SlotState(tuple(self._places), tuple(self._delivered), skipped)
+        return SlotState(tuple(self._positions), tuple(self._delivered), skipped)
 
     def next_source(self) -> int:
         """Source of the next sample to deliver."""
@@ -267,13 +271,15 @@ class SlotCursor:
     def take(self, source: int) -> Pick:
         """The next record of a source."""
         while True:
-            place = self._places[source]
+            place = self._positions[source]
             blocks, size = self._window(source, place)
             if place.offset < size:
                 break
             # A pass ends with its first empty window; a slot that is dealt no block of a small source skips the pass.
-            self._places[source] = Place(place.pass_number, place.window + 1) if size else Place(place.pass_number + 1)
-        self._places[source] = place._replace(offset=place.offset + 1)
+            self._positions[source] = (
+                Position(place.pass_number, place.window + 1) if size else Position(place.pass_number + 1)
+            )
+        self._positions[source] = place._replace(offset=place.offset + 1)
         within = self.plan.shuffled(source, place.pass_number, self.slot, place.window, place.offset, size)
         for block in blocks:
             if within < block.size:
@@ -281,7 +287,7 @@ class SlotCursor:
             within -= block.size
         raise AssertionError("a window holds as many records as its blocks")
 
-    def _window(self, source: int, place: Place) -> tuple[list[Block], int]:
+    def _window(self, source: int, place: Position) -> tuple[list[Block], int]:
         at = (place.pass_number, place.window)
         cached = self._windows.get(source)
         if cached is None or cached[0] != at:

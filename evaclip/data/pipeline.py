@@ -63,6 +63,8 @@ class BadRecord(NamedTuple):
     place: Place
     pass_number: int
     reason: str
+    name: str
+    """Shard and key, looked up where the shard's index is at hand."""
 
 
 class Delivery(NamedTuple):
@@ -130,21 +132,23 @@ class _SlotParts(IterableDataset[Any]):
 
     def _next(self, cursor: SlotCursor, skipped: list[BadRecord]) -> tuple[Sample, int, Place]:
         source = cursor.next_source()
+        reader = self.readers[source]
         reasons: list[str] = []
         while True:
             pick = cursor.take(source)
             seed = self.plan.sample_seed(source, pick.pass_number, pick.shard, pick.record)
             try:
-                sample = self.readers[source].load(pick.shard, pick.record, seed)
+                sample = reader.load(pick.shard, pick.record, seed)
             except BadRecordError as error:
                 cursor.skip(source, error.reason)
-                skipped.append(BadRecord(Place(source, pick.shard, pick.record), pick.pass_number, error.reason))
+                place, name = Place(source, pick.shard, pick.record), reader.record_name(pick.shard, pick.record)
+                skipped.append(BadRecord(place, pick.pass_number, error.reason, name))
                 reasons.append(error.reason)
                 if len(reasons) < _BAD_IN_A_ROW:
                     continue
                 raise DataError(
                     f"source {self.plan.sources[source].name}: {len(reasons)} records in a row cannot be used, "
-                    f"the last in {self.readers[source].shard_name(pick.shard)}: "
+                    f"the last in {reader.shard_name(pick.shard)}: "
                     + ", ".join(f"{reasons.count(why)} {why}" for why in sorted(set(reasons)))
                     + "; mend the shard or take it out of the list"
                 ) from None

@@ -44,7 +44,7 @@ def test_what_a_slot_took_lies_between_its_places(slots, window, steps, bad_ever
 def test_a_record_too_many_or_too_few_is_found_and_placed(error):
     plan = plan_of()
     *_, state = walk(plan, 1, 40, bad_every=3)
-    wrong = SlotState(state.places, (state.delivered[0] + error, state.delivered[1]), state.skipped)
+    wrong = SlotState(state.positions, (state.delivered[0] + error, state.delivered[1]), state.skipped)
     with pytest.raises(
         DataError, match=r"source a, slot 1: \d+ records were delivered or skipped where the order has \d+ .*shards num"
     ):

@@ -90,6 +90,22 @@ def test_the_index_of_a_shard_that_was_cut_off_since_is_kept(tar, caplog):
     assert ensure_index(tar).digest == whole.digest
 
 
+def test_the_index_of_a_shard_that_was_packed_again_with_fewer_records_is_built_again(tar):
+    ensure_index(tar)
+    path = write_shards(tar.parent / "other", list(records(12))[3:], 100)[0]
+    tar.write_bytes(path.read_bytes())
+    assert ensure_index(tar).num_records == 9
+
+
+def test_no_flipped_bit_of_an_index_is_believed(tar):
+    path = Path(index_path(tar, None))
+    whole, digest = path.read_bytes(), ensure_index(tar).digest
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        index = read_index(path)
+        assert index is None or (index.digest, index.tar_size) == (digest, tar.stat().st_size)
+
+
 def test_the_index_of_a_shard_with_other_records_is_built_again(tar):
     before = ensure_index(tar).digest
     path = write_shards(tar.parent / "other", records(40), 100)[0]

@@ -103,7 +103,7 @@ def test_no_record_comes_twice_in_a_pass_and_a_finished_pass_is_complete(plan, s
     for number, source in enumerate(plan.sources):
         sizes = source.layout.shard_records
         everything = {(shard, record) for shard, size in enumerate(sizes) for record in range(size)}
-        for finished in range(min(state.places[number].pass_number for state in states.values())):
+        for finished in range(min(state.positions[number].pass_number for state in states.values())):
             of_pass = {(p.shard, p.record) for p in taken if (p.source, p.pass_number) == (number, finished)}
             assert of_pass == everything
 

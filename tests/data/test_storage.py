@@ -220,7 +220,9 @@ def test_a_remote_shard_reads_as_the_local_one(shard, server, tmp_path):
     beside = Shard(location)
     assert [beside.read(n) for n in range(10)] == [Shard(shard).read(n) for n in range(10)]
     Path(index_path(shard, None)).unlink()
-    with pytest.raises(DataError, match=r"index.npz does not exist and cannot be written there; set data.index_dir"):
+    with pytest.raises(
+        DataError, match=r"index.safetensors does not exist and cannot be written there; set data.index_dir"
+    ):
         Shard(location)
     built = Shard(location, str(tmp_path / "indexes"))
     assert built.index.digest == beside.index.digest

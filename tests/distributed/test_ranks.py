@@ -55,8 +55,8 @@ def chosen(by_world):
 def results(tmp_path_factory, colour_shards):
     unusable = tmp_path_factory.mktemp("unusable")
     write_shards(unusable, ((f"{n:03d}", {"txt": b"x", "jpg": b"y"}) for n in range(40)), 20)
-    (unusable / "00001.tar.index.npz").unlink()
-    (unusable / "00001.tar.index.npz").mkdir()  # where no index can be written
+    (unusable / "00001.tar.index.safetensors").unlink()
+    (unusable / "00001.tar.index.safetensors").mkdir()  # where no index can be written
     source = {"shards": str(colour_shards / "{00000..00002}.tar")}
     cases = {world: all_cases(source, str(unusable / "{00000..00001}.tar"), world) for world in (1, 2, 4)}
     folders = {world: tmp_path_factory.mktemp(f"world{world}_") for world in cases}
@@ -296,4 +296,4 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_shard_that_one_rank_cannot_index_stops_every_rank(results, world):
     for message in of(results, world, "unusable_shard"):
-        assert "00001.tar.index.npz cannot be written" in message
+        assert "00001.tar.index.safetensors cannot be written" in message

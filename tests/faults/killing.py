@@ -170,7 +170,7 @@ class Start:
         """What the run is doing, or was doing when it died."""
         said, command = self.said(), self.command
         checkpoints = command.run_dir / "checkpoints"
-        indexes = len(list(command.indexes.glob("*.npz")))
+        indexes = len(list(command.indexes.glob("*.safetensors")))
         if not self._is_new(command.run_dir / ".lock"):
             return STARTING
         if not re.search(r"(starting|continuing) .* at step", said):

@@ -201,7 +201,7 @@ def read_a_pass(trial):
         skipped.update((*name(record.place), record.reason) for record in delivery.skipped)
         require_balance(plan, before, delivery.states)
         before = delivery.states
-        if all(state.places[0].pass_number > 0 for state in before.values()):
+        if all(state.positions[0].pass_number > 0 for state in before.values()):
             break
     total = account(plan, before)["tiny"]
     assert (total.delivered, total.num_skipped) == (delivered.total(), skipped.total())
