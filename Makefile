@@ -33,7 +33,7 @@ exactness: $(VENV)/.dev
 	$(BIN)/python tools/make_demo_data.py data/demo
 	EVACLIP_WRITE_TABLES=1 $(BIN)/pytest -m matrix
 
-# All injected faults; writes the tables and the picture of docs/reliability.md.
+# All injected faults, half an hour on two cores; writes the tables and the picture of docs/reliability.md.
 test-faults: $(VENV)/.dev
 	EVACLIP_WRITE_TABLES=1 $(BIN)/pytest -m faults
 
