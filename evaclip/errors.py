@@ -29,6 +29,10 @@ class CheckpointError(EvaclipError):
     """A checkpoint that cannot be written, read or continued."""
 
 
+class WeightsError(EvaclipError):
+    """Somebody's weights that cannot be read, or do not fit the model."""
+
+
 class OutOfMemoryError(EvaclipError):
     """A step needs more memory than there is."""
 

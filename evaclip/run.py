@@ -37,6 +37,7 @@ from evaclip.models.clip import create_model
 from evaclip.optim.table import summary
 from evaclip.sources import open_sources
 from evaclip.trial import largest_that_fits
+from evaclip.weights.load import initialise_from
 
 if TYPE_CHECKING:
     from evaclip.config import RunConfig
@@ -177,6 +178,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     shapes = {name: list(p.shape) for name, p in chain(clip.named_parameters(), loss.named_parameters())}
     if reader:
         _load_weights(reader, clip, loss)
+    else:
+        _load_initial(config, clip, loss, ranks)
     engine = create_engine(config, clip, loss, ranks)
     if config.train.micro_batch == "auto":
         largest = largest_that_fits(engine, loss, config, ranks)
@@ -260,6 +263,14 @@ def _load_weights(reader: checkpoint.CheckpointReader, clip: CLIP, loss: Contras
             values = torch.empty(parameter.numel())
             reader.fill(checkpoint.Entry("weight", name, 0, values))
             parameter.copy_(values.view(parameter.shape))
+
+
+def _load_initial(config: RunConfig, clip: CLIP, loss: ContrastiveLoss, ranks: Ranks) -> None:
+    """Fill a new run's towers from other people's weights, and tell the log about every key."""
+    with agreed(ranks):
+        for report in initialise_from(config.init, clip, loss):
+            for line in report.lines() if ranks.is_main else ():
+                log.info("initial weights: %s", line)
 
 
 def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:

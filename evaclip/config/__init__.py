@@ -34,6 +34,7 @@ from evaclip.config.run import (
     CheckpointConfig,
     DeepSpeedEngineConfig,
     Engine,
+    InitConfig,
     LambConfig,
     LogConfig,
     Optim,
@@ -44,6 +45,7 @@ from evaclip.config.run import (
     TowerOptimConfig,
     TrainConfig,
     WandbConfig,
+    WeightFormat,
 )
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "EvalDataset",
     "ImageTowerConfig",
     "InfoNceConfig",
+    "InitConfig",
     "LambConfig",
     "LogConfig",
     "Loss",
@@ -79,5 +82,6 @@ __all__ = [
     "TrainConfig",
     "ValidationLossDataset",
     "WandbConfig",
+    "WeightFormat",
     "ZeroShotDataset",
 ]

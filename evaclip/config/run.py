@@ -135,6 +135,40 @@ class TrainConfig(Section):
     or more: some are skipped until its loss scale is found."""
 
 
+WeightFormat = Literal["eva", "open_clip", "openai", "timm", "hf", "evaclip"]
+"""Whose names a checkpoint uses."""
+
+
+class InitConfig(Section):
+    """Weights that a new run starts from; a run that is continued does not look at them.
+
+    Files of EVA, EVA-CLIP, open_clip, OpenAI, timm and Hugging Face, as torch.save or safetensors write them, folders
+    of such, and runs of ours. The format is told by the keys; a name here insists on one.
+    """
+
+    image: FilePath | None = None
+    """Of the image tower: a MIM checkpoint, or a CLIP model's."""
+    image_format: WeightFormat | None = None
+    """Format of ``image``: eva, open_clip, openai, timm, hf or evaclip; null: told by the keys."""
+    text: FilePath | None = None
+    """Of the text tower."""
+    text_format: WeightFormat | None = None
+    """Format of ``text``."""
+    model: FilePath | None = None
+    """Of both towers and the temperature: a published CLIP model or another run; instead of ``image`` and ``text``."""
+    model_format: WeightFormat | None = None
+    """Format of ``model``."""
+
+    @model_validator(mode="after")
+    def _is_clear(self) -> InitConfig:
+        if self.model and (self.image or self.text):
+            raise ValueError("init.model fills both towers; give either it, or init.image and init.text")
+        for name in ("image", "text", "model"):
+            if getattr(self, f"{name}_format") and not getattr(self, name):
+                raise ValueError(f"init.{name}_format is set, but init.{name} is not")
+        return self
+
+
 class CheckpointConfig(Section):
     """When state is saved and what is kept; the newest checkpoint always is."""
 
@@ -187,6 +221,7 @@ class RunConfig(Section):
     """Of initial weights, data order, crops and dropped patches."""
     model: ModelConfig = ModelConfig()
     loss: Loss = InfoNceConfig()
+    init: InitConfig = InitConfig()
     data: DataConfig
     train: TrainConfig
     optim: Optim = LambConfig()

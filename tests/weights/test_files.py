@@ -1,0 +1,88 @@
+"""Weight files are opened without running anything in them, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from evaclip.errors import WeightsError
+from evaclip.weights.files import read_weights
+
+TENSORS = {"norm.weight": torch.arange(6.0), "head.weight": torch.ones(2, 3)}
+
+
+def same(found: dict[str, Tensor]) -> bool:
+    return found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path, wrapper: str, prefix: str, legacy: bool) -> None:
+    content = {wrapper: {prefix + name: value for name, value in TENSORS.items()}, "epoch": 3, "optimizer": {"lr": 1.0}}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
+    assert same(read_weights(tmp_path / "w.pt"))
+
+
+def test_safetensors_alone_in_folders_and_in_parts(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "any.safetensors")
+    assert same(read_weights(tmp_path / "any.safetensors"))
+    (tmp_path / "any.safetensors").rename(tmp_path / "model.safetensors")
+    assert same(read_weights(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    for number, name in enumerate(TENSORS):
+        save_file({name: TENSORS[name]}, tmp_path / f"model-{number}.safetensors")
+    parts = ", ".join(f'"{name}": "model-{number}.safetensors"' for number, name in enumerate(TENSORS))
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{parts}}}}}')
+    assert same(read_weights(tmp_path))
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    torch.save({"module": TENSORS, "args": argparse.Namespace(lr=1)}, tmp_path / "deepspeed.pt")
+    with pytest.raises(WeightsError, match=r"holds more than tensors.*weights_only=False"):
+        read_weights(tmp_path / "deepspeed.pt")
+    with warnings.catch_warnings(action="ignore"):  # deprecated, but people have such files
+        torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(WeightsError, match=r"TorchScript archive.*torch\.jit\.load\('ViT-B-32\.pt'"):
+        read_weights(tmp_path / "ViT-B-32.pt")
+
+
+def test_files_that_are_none_say_what_they_are(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    save_file(TENSORS, tmp_path / "whole.safetensors")
+    for name, content, message in (
+        ("empty.pt", b"", "is empty"),
+        ("short.pt", whole[: len(whole) // 2], "cannot be read"),
+        ("short.safetensors", (tmp_path / "whole.safetensors").read_bytes()[:-8], "cannot be read"),
+        ("page.pt", b"<!DOCTYPE html><html>", "neither safetensors nor what torch.save writes"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=message):
+            read_weights(tmp_path / name)
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="holds no tensors by name; found epoch"):
+        read_weights(tmp_path / "other.pt")
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "mixed.pt")
+    with pytest.raises(WeightsError, match=r"others do not, such as b"):
+        read_weights(tmp_path / "mixed.pt")
+    torch.save({"a.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "quantised.pt")
+    with pytest.raises(WeightsError, match=r"a\.weight is torch\.int8"):
+        read_weights(tmp_path / "quantised.pt")
+    with pytest.raises(WeightsError, match="does not exist"):
+        read_weights(tmp_path / "nothing.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WeightsError, match=r"holds none of open_clip_model\.safetensors"):
+        read_weights(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_point_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({name: value.to(dtype) for name, value in TENSORS.items()}, tmp_path / "w.pt")
+    assert {value.dtype for value in read_weights(tmp_path / "w.pt").values()} == {dtype}

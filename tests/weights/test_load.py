@@ -1,0 +1,274 @@
+"""Towers filled from real timm, open_clip and transformers models compute what those compute; all else is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from models.peers import captions, noise, padded, shake
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import eva
+from torch import Tensor, nn
+from transformers import CLIPConfig
+from transformers import CLIPModel as HuggingFaceClip
+
+from evaclip.config import InfoNceConfig, InitConfig, ModelConfig
+from evaclip.data.batch import PackedText
+from evaclip.errors import WeightsError
+from evaclip.loss import ContrastiveLoss
+from evaclip.models.clip import CLIP, create_model
+from evaclip.weights.load import initialise_from, load_tower
+from evaclip.weights.names import rules
+
+TEXTS = captions([5, 3, 9])
+CPU = torch.device("cpu")
+
+
+def tiny(kind: str, **image: Any) -> CLIP:
+    return create_model(ModelConfig.model_validate({"name": f"tiny-{kind}", "image": image}), seed=1)
+
+
+def timm_eva(kind: str) -> nn.Module:
+    """timm's tower of the tiny model of a kind, with weights that are not ours."""
+    config = ModelConfig(name=f"tiny-{kind}").image
+    rms = config.norm == "rms_norm"
+    peer = eva.Eva(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=(config.mlp_width + 0.5) / config.width,
+        swiglu_mlp=config.mlp == "swiglu",
+        scale_mlp=config.sub_norm,
+        scale_attn_inner=config.sub_norm,
+        qkv_fused=not config.sub_norm,
+        qkv_bias=config.qkv_bias != "none",
+        use_rot_pos_emb=config.rope,
+        ref_feat_shape=(16, 16),
+        use_post_norm=config.post_norm,
+        init_values=config.layer_scale,
+        global_pool="token",
+        num_classes=24,
+        **({"norm_layer": timm.layers.RmsNorm} if rms else {}),
+    )
+    shake(peer)
+    if rms:
+        nn.init.zeros_(peer.head.bias)  # timm's heads always have one
+    return peer.eval()
+
+
+def under_evas_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of timm's EVA-02 under the names of EVA's own code."""
+    names = [
+        (r"mlp\.fc1_g\.", "mlp.w1."),
+        (r"mlp\.fc1_x\.", "mlp.w2."),
+        (r"mlp\.fc2\.", "mlp.w3."),
+        (r"attn\.norm\.", "attn.inner_attn_ln."),
+        (r"mlp\.norm\.", "mlp.ffn_ln."),
+        (r"attn\.([qv])_proj\.bias", r"attn.\1_bias"),
+    ]
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        renamed = name
+        for pattern, replacement in names:
+            renamed = re.sub(pattern, replacement, renamed)
+        found[renamed] = value
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_these_tests_name_evas_tensors_as_timm_reads_them() -> None:
+    peer = timm_eva("EVA02")
+    again = eva.checkpoint_filter_fn(under_evas_names(peer.state_dict()), peer)
+    assert again.keys() == peer.state_dict().keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.trunk."])
+@pytest.mark.parametrize("kind", ["EVA01", "EVA02", "E", "8B", "18B"])
+def test_image_towers_of_timm_give_the_same_features_and_gradients(kind: str, prefix: str) -> None:
+    peer, model = timm_eva(kind), tiny(kind)
+    tensors = {f"{prefix}{name}": value for name, value in peer.state_dict().items()}
+    report = load_tower(model.image, "image", tensors, "peer", alone=False)
+    assert (report.initialised, report.resized) == ([], [])
+    assert report.loaded == len(list(model.image.parameters()))
+    images = noise(3, 3, 28, 28)
+    ours, theirs = model.image(images), peer(images)
+    assert (ours - theirs).abs().max() < 1e-5
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    mine, yours = model.image.patch_embed.weight.grad, peer.patch_embed.proj.weight.grad
+    assert mine is not None
+    assert (mine - yours.flatten(1)).norm() < 2e-5 * yours.norm()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("prefix", ["", "visual."])
+def test_masked_image_models_of_eva_fill_all_but_head_and_inner_norms(prefix: str, fused: bool) -> None:
+    peer, model = timm_eva("EVA02"), tiny("EVA02")
+    tensors = under_evas_names(peer.state_dict())
+    for name in list(tensors):
+        if "inner_attn_ln" in name or name.startswith("head."):
+            del tensors[name]
+    if fused:
+        for start in (f"blocks.{layer}.mlp." for layer in range(2)):
+            for leaf in ("weight", "bias"):
+                tensors[f"{start}w12.{leaf}"] = torch.cat(
+                    [tensors.pop(f"{start}{part}.{leaf}") for part in ("w1", "w2")]
+                )
+    extra = {"mask_token": torch.zeros(1, 1, 32), "rope.freqs_cos": torch.zeros(16, 16)}
+    extra |= {"lm_head.weight": torch.zeros(8, 32), "blocks.0.attn.rope.freqs_sin": torch.zeros(16, 16)}
+    tensors = {prefix + name: value for name, value in (tensors | extra).items()}
+    before = {name: value.clone() for name, value in model.image.state_dict().items()}
+    report = load_tower(model.image, "image", tensors, "mim.pt", alone=True)
+    assert report.layout == "eva"
+    norms = [f"blocks.{layer}.attn.norm.{leaf}" for layer in range(2) for leaf in ("weight", "bias")]
+    assert set(report.initialised) == {"head.weight", "head.bias", *norms}
+    assert set(report.unused) == set(extra)
+    after = model.image.state_dict()
+    assert {name for name in after if torch.equal(after[name], before[name])} == set(report.initialised)
+    with pytest.raises(WeightsError, match=r"parameters are not there: .*attn\.norm"):
+        load_tower(model.image, "image", tensors, "mim.pt", alone=False)
+    tensors[f"{prefix}blocks.0.attn.inner_attn_ln.weight"] = torch.ones(32)
+    with pytest.raises(WeightsError, match=r"3 parameters are not there"):  # some norms, but not all of them
+        load_tower(model.image, "image", tensors, "mim.pt", alone=True)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+def test_towers_of_open_clip_and_openai_give_the_same_features(kind: Any, quick: bool) -> None:
+    peer, mlp = tiny_open_clip(kind, quick=quick), "quick_gelu" if quick else "gelu"
+    tree = {"name": "tiny-ViT", "image": {"mlp": mlp}, "text": {"mlp": mlp}}
+    model, loss = create_model(ModelConfig.model_validate(tree), seed=1), ContrastiveLoss(InfoNceConfig(), CPU)
+    for report in (
+        load_tower(model.image, "image", peer.state_dict(), "peer", alone=False),
+        load_tower(model.text, "text", peer.state_dict(), "peer", alone=False),
+    ):
+        assert (report.layout, report.initialised) == ("openai", [])
+    images = noise(3, 3, 28, 28)
+    with torch.no_grad():
+        assert (model.image(images) - peer.encode_image(images)).abs().max() < 1e-5
+        assert (model.text(PackedText.pack(TEXTS)) - peer.encode_text(padded(TEXTS, 77))).abs().max() < 1e-5
+    assert loss.similarity[1] is None
+
+
+def tiny_open_clip(kind: Any = open_clip.CLIP, *, quick: bool = True) -> nn.Module:
+    """open_clip's own towers in the shape of tiny-ViT."""
+    vision = CLIPVisionCfg(layers=2, width=32, head_width=16, mlp_ratio=2, patch_size=7, image_size=28)
+    peer = kind(24, vision, CLIPTextCfg(width=32, heads=2, layers=2), quick_gelu=quick)
+    shake(peer)
+    return peer.eval()
+
+
+def test_a_folder_of_transformers_gives_the_same_features_and_temperature(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**shape, "intermediate_size": 128, "eos_token_id": 49407, "vocab_size": 49408},
+        vision_config={**shape, "intermediate_size": 64, "image_size": 28, "patch_size": 7},
+        projection_dim=24,
+    )
+    peer = HuggingFaceClip(config).eval()
+    shake(peer)
+    peer.save_pretrained(tmp_path)
+    model, loss = tiny("ViT"), ContrastiveLoss(InfoNceConfig(), CPU)
+    reports = initialise_from(InitConfig(model=str(tmp_path)), model, loss)
+    assert [report.layout for report in reports[:2]] == ["hf", "hf"]
+    assert not any(report.initialised for report in reports)
+    mask = (torch.arange(77) < torch.tensor([[len(text)] for text in TEXTS])).long()
+    images = noise(3, 3, 28, 28)
+    with torch.no_grad():
+        theirs = peer(input_ids=padded(TEXTS, 77), attention_mask=mask, pixel_values=images)
+        ours = model(images, PackedText.pack(TEXTS))
+    assert (ours.image - theirs.image_embeds).abs().max() < 1e-5
+    assert (ours.text - theirs.text_embeds).abs().max() < 1e-5
+    assert loss.similarity[0] == pytest.approx(peer.logit_scale.detach().exp().item(), rel=1e-6)
+
+
+def test_other_grids_and_patches_are_resampled_as_timm_does() -> None:
+    peer, model = timm_eva("EVA01"), tiny("EVA01", image_size=40, patch_size=8)
+    tensors = peer.state_dict()
+    report = load_tower(model.image, "image", tensors, "peer", alone=False)
+    assert sorted(line.split(" from ")[0] for line in report.resized) == ["patch_embed.weight", "position_embedding"]
+    assert torch.equal(model.image.position_embedding, resample_abs_pos_embed(tensors["pos_embed"], [5, 5])[0])
+    patches = resample_patch_embed(tensors["patch_embed.proj.weight"], [8, 8])
+    assert torch.equal(model.image.patch_embed.weight, patches.flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["EVA01", "EVA02", "E", "8B", "18B", "ViT"])
+@pytest.mark.parametrize("layout", ["eva", "timm", "openai", "hf"])
+def test_every_rule_read_backwards_and_forwards_gives_the_same_bits(kind: str, layout: Any) -> None:
+    parameters = dict(tiny(kind).image.named_parameters())
+    table = rules("image", layout, parameters)
+    assert sorted(name for rule in table for name in rule.ours) == sorted(parameters)
+    for rule in table:
+        joined = torch.cat([parameters[name] for name in rule.ours])
+        assert torch.equal(rule.to_ours(rule.to_theirs(joined)), joined), rule
+
+
+# ------------------------------------------------------------------------------------------------------------- refusing
+
+Spoil = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Spoil:
+    return lambda tensors: {**tensors, name: change(tensors[name])}
+
+
+SPOILT: dict[str, tuple[str, Spoil, str]] = {
+    "a missing parameter": (
+        "EVA01",
+        lambda tensors: {name: value for name, value in tensors.items() if name != "blocks.1.mlp.fc2.bias"},
+        r"1 parameters are not there: blocks\.1\.mlp\.fc2\.bias",
+    ),
+    "a tensor more": (
+        "EVA01",
+        lambda tensors: {**tensors, "blocks.2.norm1.weight": torch.ones(32)},
+        r"no place in the model: blocks\.2\.norm1\.weight",
+    ),
+    "another width": (
+        "EVA01",
+        changed("blocks.0.mlp.fc1.weight", lambda value: value[:60]),
+        r"shapes differ: blocks\.0\.mlp\.fc1\.weight \[60, 32\] where blocks\.0\.mlp\.fc1\.weight needs \[64, 32\]",
+    ),
+    "a transposed matrix": ("EVA01", changed("blocks.0.mlp.fc2.weight", torch.t), r"fc2\.weight \[64, 32\] where"),
+    "NaN": ("EVA01", changed("norm.weight", lambda value: value * torch.nan), r"norm\.weight holds infinities or NaN"),
+    "a grid that is no square": (
+        "EVA01",
+        changed("pos_embed", lambda value: value[:, :12]),
+        r"pos_embed \[1, 12, 32\]",
+    ),
+    "a bias that we lack": ("8B", changed("head.bias", torch.ones_like), r"no place in the model: head\.bias"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded(fault: str) -> None:
+    kind, spoil, message = SPOILT[fault]
+    model = tiny(kind)
+    before = {name: value.clone() for name, value in model.image.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        load_tower(model.image, "image", spoil(timm_eva(kind).state_dict()), "peer.pt", alone=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.image.state_dict().items())
+
+
+def test_the_other_tower_and_another_format_are_refused() -> None:
+    tensors = tiny_open_clip().state_dict()
+    text = {name: value for name, value in tensors.items() if not name.startswith("visual.")}
+    with pytest.raises(
+        WeightsError, match=r"is not this image tower; .*(?s:.*) no place in the model: text_projection"
+    ):
+        load_tower(tiny("ViT").image, "image", text, "peer.pt", alone=True)
+    with pytest.raises(WeightsError, match=r"does not hold this image tower: .* it begins with positional_embedding"):
+        load_tower(tiny("EVA02").image, "image", text, "peer.pt", alone=True)
+    with pytest.raises(WeightsError, match="does not hold this image tower in format hf"):
+        load_tower(tiny("ViT").image, "image", tensors, "peer.pt", "hf", alone=True)
