@@ -103,7 +103,7 @@ def to_delete(
 
 def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
     """Apply the retention rule to a folder of checkpoints, of which ``current`` was just written."""
-    found = {int(path.name[5:]): path for path in _steps(folder)}
+    found = {int(path.name[5:]): path for path in complete(folder)}
     scores = [(step, _score(path, config.keep_best)) for step, path in found.items()]
     for step in to_delete(scores, config, current):
         doomed = folder / f".{found[step].name}.deleted"
@@ -127,7 +127,8 @@ def _score(path: Path, metric: str | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _steps(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that have got their name, oldest first."""
     return sorted((path for path in folder.glob("step_*") if _is_step(path)), key=lambda path: int(path.name[5:]))
 
 
@@ -175,7 +176,7 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
     for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
     intact, problems = newest_intact(folder)
-    for path in _steps(folder) if intact else ():
+    for path in complete(folder) if intact else ():
         if intact and int(path.name[5:]) > int(intact.name[5:]):
             aside = folder / f".{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
@@ -186,7 +187,7 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without damage, and what is wrong with newer ones."""
     problems: list[str] = []
-    for path in reversed(_steps(folder)):
+    for path in reversed(complete(folder)):
         problem = damage(path)
         if problem is None:
             return path, problems

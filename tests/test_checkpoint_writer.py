@@ -1,12 +1,14 @@
 """Checkpoints behind the training: what it waits for, what is written, and what happens where writing fails."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
 import resource
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ STATE = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4096]}, {}, {}, {})
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_writer, "_RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(checkpoint_writer, "_WAITED_FOR_SECONDS", (0.01, 0.01))
     writer = CheckpointWriter(tmp_path / "checkpoints", tiny_config(tmp_path, checkpoint__keep_last=9), Ranks())
     yield writer
     writer.leave()
@@ -208,6 +211,44 @@ def test_a_checkpoint_that_cannot_be_written_costs_neither_the_run_nor_the_one_b
     assert damage(older) is None
     save(writer, 4, 4)
     assert names(writer) == ["latest", "step_00000001", "step_00000004"]
+
+
+def test_three_checkpoints_in_a_row_that_cannot_be_written_stop_the_run_and_name_the_newest(writer, monkeypatch):
+    original = checkpoint_writer.write_part
+
+    def over_quota(path, *arguments):
+        if not path.parent.name.startswith((".step_00000001.", ".step_00000004.")):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "write_part", over_quota)
+    for step in range(1, 8):  # 2 and 3 fail, and 5, 6 and 7
+        save(writer, step, final=False)
+    with pytest.raises(CheckpointError, match=r"last 3 .*step 7 .*quota.*free disk.*goes on from .*/step_00000004$"):
+        save(writer, 8, final=False)
+    assert names(writer) == ["latest", "step_00000001", "step_00000004"]
+
+
+def test_training_waits_for_no_long_retry(writer, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "_RETRY_SECONDS", (100.0,))
+    broken = Mock(side_effect=OSError(5, "Input/output error"))
+    monkeypatch.setattr(checkpoint_writer, "write_part", broken)
+    started = time.monotonic()
+    save(writer, 1, final=False)
+    while not broken.called:
+        time.sleep(0.001)
+    with pytest.raises(CheckpointError, match="step 2 could not"):
+        save(writer, 2)
+    assert broken.call_count == 7  # in the pause of step 1, then after 0.01 s each
+    assert time.monotonic() - started < 50
+    save(writer, 3, final=False)
+    writer.leave()
+    assert time.monotonic() - started < 50
+
+
+def test_a_checkpoint_that_nobody_waits_for_is_tried_for_three_minutes():
+    assert sum(checkpoint_writer._RETRY_SECONDS) > 180
+    assert sum(checkpoint_writer._WAITED_FOR_SECONDS) < 10  # of the 30 s that a launcher gives
 
 
 def test_a_folder_that_cannot_be_written_is_named(writer):
