@@ -17,10 +17,11 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -34,6 +35,12 @@ from evaclip.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+"""Of ``meta.json``. Every format has the checksum of ``meta_checksum``, so that a flipped bit is no other format."""
+_RETRY_SECONDS = (1.0, 2.0, 4.0)
+"""Before each new try to read."""
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -74,6 +81,41 @@ class RunState:
 def meta_checksum(meta: dict[str, Any]) -> str:
     """Checksum of the content of ``meta.json``, itself left out."""
     return xxhash.xxh3_64_hexdigest(json.dumps(meta).encode())
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is proven to be damaged; any other error while it is read proves nothing."""
+
+
+def _patiently(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a file of a checkpoint; what the storage refuses is tried again.
+
+    Raises:
+        DamagedError: The file is not there.
+        CheckpointError: The storage still refuses.
+    """
+    for seconds in (*_RETRY_SECONDS, None):
+        try:
+            return read(path)
+        except _ABSENT as error:
+            raise DamagedError(f"{path} cannot be read: {error}") from None
+        except OSError as error:
+            if seconds is None:
+                raise CheckpointError(
+                    f"{path} cannot be read: {error}; this need not be the checkpoint's fault: check the storage and "
+                    f"start again, or move {path.parent.name} away to use an older one"
+                ) from error
+            log.warning("%s cannot be read: %s; trying again in %g s", path, error, seconds)
+            time.sleep(seconds)
+    raise AssertionError
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _checksum(path: Path) -> str:
@@ -137,32 +179,39 @@ def _is_step(path: Path) -> bool:
 
 
 def _read_meta(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "meta.json"
     try:
-        meta: Any = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}/meta.json cannot be read: {error}") from None
+        meta: Any = json.loads(_patiently(path, _read_text))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from None
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{checkpoint}/meta.json is no checkpoint's: it holds a {type(meta).__name__}")
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}")
+        raise DamagedError(f"{path} is no checkpoint's: it holds a {type(meta).__name__}")
     if meta.pop("xxh3", None) != meta_checksum(meta):
-        raise CheckpointError(f"{checkpoint}/meta.json differs from its checksum")
+        raise DamagedError(f"{path} differs from its checksum")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}; use the code that wrote it"
+        )
     return meta
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; reads every byte."""
+    """What is proven to be wrong with a checkpoint, or None; reads every byte.
+
+    Raises:
+        CheckpointError: It cannot be told: the storage refuses to read, or the format is another one.
+    """
     try:
         meta = _read_meta(checkpoint)
         if _is_step(checkpoint) and int(checkpoint.name[5:]) != meta["step"]:
             return f"{checkpoint} holds step {meta['step']}: its files are another checkpoint's"
         for name, part in meta["parts"].items():
             path = checkpoint / name
-            if path.stat().st_size != part["size"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {part['size']}"
-            if _checksum(path) != part["xxh3"]:
+            if (size := _patiently(path, _size)) != part["size"]:
+                return f"{path} has {size} bytes instead of {part['size']}"
+            if _patiently(path, _checksum) != part["xxh3"]:
                 return f"{path} differs from its checksum"
-    except (CheckpointError, OSError, KeyError, TypeError) as error:
+    except (DamagedError, KeyError, TypeError) as error:
         return f"{checkpoint}: {error}"
     return None
 
@@ -172,6 +221,9 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
 
     They are renamed to ``.step_N.damaged``, unless none is intact: then all stay, so that every start says so. What
     interrupted writes and deletions left is removed.
+
+    Raises:
+        CheckpointError: As of ``damage``; all stay.
     """
     for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
