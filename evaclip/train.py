@@ -109,7 +109,10 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         last = run.step == steps
         if run.step % config.log.every_steps == 0 or last:
             report.publish(run, factor)
-        if config.eval.datasets and (last or (config.eval.every_steps and run.step % config.eval.every_steps == 0)):
+        due = config.eval.datasets and (last or run.step % (config.eval.every_steps or steps) == 0)
+        if due and asked:  # whoever asks may not wait for minutes before all is saved
+            log.info("asked to stop: the evaluation at step %d is left out; evaclip evaluate does it", run.step)
+        elif due:
             try:
                 report.evaluation(run)
             except EvaclipError:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -320,6 +321,18 @@ def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
     with pytest.raises(DataError, match=r"gone\.tar"):
         train(tiny_config(tmp_path / "run", **options))
     assert find_checkpoint(tmp_path / "run").name == "step_00000004"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_that_is_asked_to_stop_saves_without_the_evaluation_and_says_so(tmp_path, colour_shards, step):
+    datasets = {"held": {"task": "loss", "path": str(colour_shards / "00000.tar")}}
+    options = {"eval__datasets": datasets, "eval__batch": 10, "eval__every_steps": 2, "eval__at_start": False}
+    with pytest.raises(TrainingStoppedError) if step < 4 else nullcontext():
+        _train_until(tmp_path, step, SYNTHETIC, **options)
+    assert find_checkpoint(tmp_path).name == f"step_{step:08d}"
+    assert f"the evaluation at step {step} is left out" in (tmp_path / "log.txt").read_text()
+    train(tiny_config(tmp_path, **options))
+    assert [row["step"] for row in rows(tmp_path) if "eval/held/loss" in row] == [6 - step]  # the other one
 
 
 def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone(tmp_path):
