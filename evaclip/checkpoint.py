@@ -220,13 +220,19 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
     """Take damaged checkpoints newer than the newest intact one out of the way; returns what ``newest_intact`` does.
 
     They are renamed to ``.step_N.damaged``, unless none is intact: then all stay, so that every start says so. What
-    interrupted writes and deletions left is removed.
+    interrupted writes and deletions left is removed; a checkpoint whose replacement never got its name gets it back.
 
     Raises:
         CheckpointError: As of ``damage``; all stay.
     """
     for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
+    for replaced in folder.glob(".step_*.replaced"):
+        path = folder / replaced.stem.removeprefix(".")
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(path)
     intact, problems = newest_intact(folder)
     for path in complete(folder) if intact else ():
         if intact and int(path.name[5:]) > int(intact.name[5:]):

@@ -258,17 +258,22 @@ class CheckpointWriter:
 
     def _publish(self, temporary: Path, path: Path, meta: dict[str, Any]) -> None:
         """Write what is not tensors, and give the folder its name."""
-        _write(temporary / "config.yaml", dump(self._config))
-        _write(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
+        write_flushed(temporary / "config.yaml", dump(self._config))
+        write_flushed(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
         for word in temporary.glob("part_*.json"):
             word.unlink()
         _flush(temporary)
-        doomed = path.with_name(f".{path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
+        replaced = path.with_name(f".{path.name}.replaced")
         if path.exists():  # a run that was cut back may write a step again
-            path.rename(doomed)
-        temporary.rename(path)
-        shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        try:
+            temporary.rename(path)  # a kill before this leaves the old one, which set_aside brings back
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 class Staging:
@@ -381,12 +386,13 @@ def _read_word(part: Path) -> dict[str, Any] | None:
 def _point_to(path: Path) -> None:
     """Make a checkpoint's name last, and write it into ``latest``."""
     _flush(path.parent)
-    _write(path.with_name(".latest.tmp"), path.name + "\n")
+    write_flushed(path.with_name(".latest.tmp"), path.name + "\n")
     path.with_name(".latest.tmp").replace(path.with_name("latest"))
     _flush(path.parent)
 
 
-def _write(path: Path, text: str) -> None:
+def write_flushed(path: Path, text: str) -> None:
+    """Write a small file and force it to the disk."""
     path.write_text(text, encoding="utf-8")
     _flush(path)
 

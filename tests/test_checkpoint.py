@@ -133,6 +133,13 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_backup"]
 
 
+def test_what_a_finished_replacement_left_is_removed(tmp_path):
+    path = write(tmp_path, 1)
+    (tmp_path / ".step_00000001.replaced").mkdir()
+    assert set_aside(tmp_path) == (path, [])
+    assert not (tmp_path / ".step_00000001.replaced").exists()
+
+
 def test_checkpoint_of_another_format_is_refused(tmp_path):
     path = write(tmp_path, 1)
     meta = {**json.loads((path / "meta.json").read_text()), "format": 99}

@@ -8,6 +8,7 @@ import os
 import resource
 import threading
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 
 from evaclip import checkpoint_writer
-from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, find_checkpoint, set_aside
 from evaclip.checkpoint_writer import CheckpointWriter, Staging, checksum_of, write_part
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError
@@ -324,6 +325,45 @@ def test_a_part_whose_folder_is_gone_is_not_written_again(writer, gate, caplog):
 def test_a_step_that_is_written_again_replaces_the_old_one(writer):
     save(writer, 2, 1)
     assert CheckpointReader(save(writer, 2, 5)).weights()["a"][0] == 5
+    assert names(writer) == ["latest", "step_00000002"]
+
+
+def break_rename(monkeypatch, error):
+    """No temporary folder becomes a checkpoint."""
+    original = Path.rename
+
+    def rename(self, target):
+        if self.suffix == ".tmp":
+            raise error
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+class Killed(BaseException):
+    """As SIGKILL: nobody cleans up."""
+
+
+def test_a_kill_while_a_step_is_replaced_keeps_the_old_one(writer, monkeypatch):
+    path = save(writer, 2, 1)
+    with monkeypatch.context() as patch:
+        break_rename(patch, Killed())
+        with pytest.raises(Killed):
+            save(writer, 2, 5)
+        writer._part = writer._commit = None
+    assert not path.exists()
+    assert set_aside(writer._folder) == (path, [])
+    assert CheckpointReader(path).weights()["a"][0] == 1
+    assert names(writer) == ["latest", "step_00000002"]
+
+
+def test_a_replacement_that_cannot_get_its_name_leaves_the_old_one(writer, monkeypatch):
+    path = save(writer, 2, 1)
+    with monkeypatch.context() as patch:
+        break_rename(patch, OSError(5, "Input/output error"))
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            save(writer, 2, 5)
+    assert CheckpointReader(path).weights()["a"][0] == 1
     assert names(writer) == ["latest", "step_00000002"]
 
 
