@@ -1,4 +1,6 @@
-"""Writing checkpoints behind the training: training waits for a copy to host memory and for nothing else.
+"""Writing checkpoints behind the training, which waits for a copy to host memory, and not for the disk.
+
+It waits for the checkpoint before as well, where that is still under way, and for two small collectives.
 
 ``CheckpointWriter.save`` copies this rank's entries into buffers that are allocated once (pinned where there is a GPU).
 One thread per rank then writes ``part_RRRRR.safetensors`` into a hidden folder of this step and this start of the run,
