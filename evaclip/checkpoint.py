@@ -17,10 +17,11 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -34,6 +35,12 @@ from evaclip.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+"""Of ``meta.json``. Every format has the checksum of ``meta_checksum``, so that a flipped bit is no other format."""
+_RETRY_SECONDS = (1.0, 2.0, 4.0)
+"""Before each new try to read."""
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -76,6 +83,41 @@ def meta_checksum(meta: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(meta).encode())
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is proven to be damaged; any other error while it is read proves nothing."""
+
+
+def _patiently(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a file of a checkpoint; what the storage refuses is tried again.
+
+    Raises:
+        DamagedError: The file is not there.
+        CheckpointError: The storage still refuses.
+    """
+    for seconds in (*_RETRY_SECONDS, None):
+        try:
+            return read(path)
+        except _ABSENT as error:
+            raise DamagedError(f"{path} cannot be read: {error}") from None
+        except OSError as error:
+            if seconds is None:
+                raise CheckpointError(
+                    f"{path} cannot be read: {error}; this need not be the checkpoint's fault: check the storage and "
+                    f"start again, or move {path.parent.name} away to use an older one"
+                ) from error
+            log.warning("%s cannot be read: %s; trying again in %g s", path, error, seconds)
+            time.sleep(seconds)
+    raise AssertionError
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
 def _checksum(path: Path) -> str:
     state, block = xxhash.xxh3_64(), bytearray(1 << 22)
     with path.open("rb", buffering=0) as file:
@@ -103,7 +145,7 @@ def to_delete(
 
 def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
     """Apply the retention rule to a folder of checkpoints, of which ``current`` was just written."""
-    found = {int(path.name[5:]): path for path in _steps(folder)}
+    found = {int(path.name[5:]): path for path in complete(folder)}
     scores = [(step, _score(path, config.keep_best)) for step, path in found.items()]
     for step in to_delete(scores, config, current):
         doomed = folder / f".{found[step].name}.deleted"
@@ -127,7 +169,8 @@ def _score(path: Path, metric: str | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _steps(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that have got their name, oldest first."""
     return sorted((path for path in folder.glob("step_*") if _is_step(path)), key=lambda path: int(path.name[5:]))
 
 
@@ -136,32 +179,39 @@ def _is_step(path: Path) -> bool:
 
 
 def _read_meta(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "meta.json"
     try:
-        meta: Any = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}/meta.json cannot be read: {error}") from None
+        meta: Any = json.loads(_patiently(path, _read_text))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from None
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{checkpoint}/meta.json is no checkpoint's: it holds a {type(meta).__name__}")
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}")
+        raise DamagedError(f"{path} is no checkpoint's: it holds a {type(meta).__name__}")
     if meta.pop("xxh3", None) != meta_checksum(meta):
-        raise CheckpointError(f"{checkpoint}/meta.json differs from its checksum")
+        raise DamagedError(f"{path} differs from its checksum")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {meta.get('format')}, this version reads {FORMAT}; use the code that wrote it"
+        )
     return meta
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; reads every byte."""
+    """What is proven to be wrong with a checkpoint, or None; reads every byte.
+
+    Raises:
+        CheckpointError: It cannot be told: the storage refuses to read, or the format is another one.
+    """
     try:
         meta = _read_meta(checkpoint)
         if _is_step(checkpoint) and int(checkpoint.name[5:]) != meta["step"]:
             return f"{checkpoint} holds step {meta['step']}: its files are another checkpoint's"
         for name, part in meta["parts"].items():
             path = checkpoint / name
-            if path.stat().st_size != part["size"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {part['size']}"
-            if _checksum(path) != part["xxh3"]:
+            if (size := _patiently(path, _size)) != part["size"]:
+                return f"{path} has {size} bytes instead of {part['size']}"
+            if _patiently(path, _checksum) != part["xxh3"]:
                 return f"{path} differs from its checksum"
-    except (CheckpointError, OSError, KeyError, TypeError) as error:
+    except (DamagedError, KeyError, TypeError) as error:
         return f"{checkpoint}: {error}"
     return None
 
@@ -170,12 +220,21 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
     """Take damaged checkpoints newer than the newest intact one out of the way; returns what ``newest_intact`` does.
 
     They are renamed to ``.step_N.damaged``, unless none is intact: then all stay, so that every start says so. What
-    interrupted writes and deletions left is removed.
+    interrupted writes and deletions left is removed; a checkpoint whose replacement never got its name gets it back.
+
+    Raises:
+        CheckpointError: As of ``damage``; all stay.
     """
     for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
+    for replaced in folder.glob(".step_*.replaced"):
+        path = folder / replaced.stem.removeprefix(".")
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(path)
     intact, problems = newest_intact(folder)
-    for path in _steps(folder) if intact else ():
+    for path in complete(folder) if intact else ():
         if intact and int(path.name[5:]) > int(intact.name[5:]):
             aside = folder / f".{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
@@ -186,7 +245,7 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without damage, and what is wrong with newer ones."""
     problems: list[str] = []
-    for path in reversed(_steps(folder)):
+    for path in reversed(complete(folder)):
         problem = damage(path)
         if problem is None:
             return path, problems

@@ -1,4 +1,6 @@
-"""Writing checkpoints behind the training: training waits for a copy to host memory and for nothing else.
+"""Writing checkpoints behind the training, which waits for a copy to host memory, and not for the disk.
+
+It waits for the checkpoint before as well, where that is still under way, and for two small collectives.
 
 ``CheckpointWriter.save`` copies this rank's entries into buffers that are allocated once (pinned where there is a GPU).
 One thread per rank then writes ``part_RRRRR.safetensors`` into a hidden folder of this step and this start of the run,
@@ -10,8 +12,9 @@ The threads talk through files, because a collective of theirs would get between
 when the next checkpoint is due, or at once if it is the final one: one gather and one broadcast of a few hundred bytes.
 So at most one checkpoint is under way, and an older one is touched only after a newer one is complete.
 
-What a file system refuses is tried again a few times. A checkpoint that fails for good is told in the log, and the run
-goes on to the next one; the final one raises. Memory: 12 bytes of host memory per parameter, over all ranks.
+What a file system refuses is tried again for three minutes, or for seconds where training waits for it. A checkpoint
+that fails for good is told in the log, and the run goes on to the next one; the final one raises, and so do three in a
+row. Memory: 12 bytes of host memory per parameter, over all ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -35,7 +39,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from evaclip.checkpoint import FORMAT, Entry, RunState, delete_old, meta_checksum
+from evaclip.checkpoint import FORMAT, Entry, RunState, complete, delete_old, meta_checksum
 from evaclip.config import RunConfig
 from evaclip.config_file import dump
 from evaclip.distributed import Ranks, agreed
@@ -47,7 +51,12 @@ _BLOCK = 1 << 22
 """Bytes of one write."""
 _CHUNK = 1 << 26
 """Elements of one staging buffer: torch rounds pinned memory up to a power of two, so one buffer might waste half."""
-_RETRY_SECONDS = (1.0, 2.0, 4.0)
+_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)
+"""Before each new try to write."""
+_WAITED_FOR_SECONDS = (1.0, 2.0, 4.0)
+"""The same from when training, or whoever stops it, waits for the checkpoint."""
+_MOST_FAILED = 3
+"""Checkpoints in a row that cannot be written, after which the run stops."""
 _PATIENCE_SECONDS = 600.0
 """How long rank 0 waits for a rank whose part does not grow; less than a collective's time-out."""
 _LEAVING_SECONDS = 20.0
@@ -75,6 +84,9 @@ class CheckpointWriter:
         self._commit: Future[str | None] | None = None
         self._failed_part: str | None = None
         self._patience = _PATIENCE_SECONDS
+        self._waited_for = threading.Event()
+        self._num_failed = 0
+        self._intact = max(complete(folder), default=None)
 
     def save(self, state: RunState, entries: Iterable[Entry], *, final: bool) -> Path:
         """Start to write ``folder/step_N``; returns where it will be.
@@ -87,11 +99,18 @@ class CheckpointWriter:
             final: No step follows: wait until the checkpoint is complete.
 
         Raises:
-            CheckpointError: It is the final one and could not be written, on every rank; nothing of it is left, older
-                ones are untouched.
+            CheckpointError: It is the final one and could not be written, or three before it could not, on every rank;
+                nothing of them is left, older ones are untouched.
         """
         started = time.monotonic()
-        self._settle()
+        error = self._settle()
+        self._num_failed = self._num_failed + 1 if error else 0
+        if self._num_failed == _MOST_FAILED and not final:
+            with agreed(self._ranks):
+                raise CheckpointError(
+                    f"the last {_MOST_FAILED} checkpoints could not be written; {error}, and start the run again: "
+                    f"it goes on from {self._intact or 'its first step'}"
+                )
         if (waited := time.monotonic() - started) > 1 and self._ranks.is_main:
             log.info("training waited %.0f s until the checkpoint before was written or given up", waited)
         path = self._folder / f"step_{state.step:08d}"
@@ -114,6 +133,7 @@ class CheckpointWriter:
     def leave(self) -> None:
         """Wait for what is under way, without the other ranks: the way out, also of an error that they do not share."""
         self._patience = _LEAVING_SECONDS
+        self._waited_for.set()
         under_way = [job for job in (self._part, self._commit) if job]
         for job in wait(under_way).done:
             if error := job.exception():
@@ -124,12 +144,14 @@ class CheckpointWriter:
         """Wait for the checkpoint under way; what is wrong with it, the same on every rank."""
         if self._part is None:
             return None
+        self._waited_for.set()
         failed = [error for error in self._ranks.gather_objects(self._part.result()) if error]
         outcome = None
         if self._commit:
             self._failed_part = failed[0] if failed else None  # where its rank could not leave word of it
             outcome = self._commit.result()
         self._part = self._commit = None
+        self._waited_for.clear()
         return self._ranks.from_main(outcome)
 
     # ------------------------------------------------------------------------------------------- in the rank's thread
@@ -139,8 +161,8 @@ class CheckpointWriter:
         path = temporary / f"{_part_name(self._ranks.rank)}.safetensors"
         name = f"rank {self._ranks.rank}"
         try:
-            _persistently(f"{name}: {temporary}", partial(temporary.mkdir, parents=True, exist_ok=True))
-            _persistently(f"{name}: {path}", lambda: _leave_word(path, write_part(path, header, self._staging)))
+            self._persistently(f"{name}: {temporary}", partial(temporary.mkdir, parents=True, exist_ok=True))
+            self._persistently(f"{name}: {path}", lambda: _leave_word(path, write_part(path, header, self._staging)))
         except CheckpointError as error:
             text = self._failed_part = f"{name}: {error}"
             with suppress(OSError):
@@ -153,7 +175,7 @@ class CheckpointWriter:
         """Wait for all parts and make them a checkpoint; what went wrong, if it did for good."""
         try:
             meta["parts"] = self._await_parts(temporary)
-            _persistently(f"checkpoint {path}", partial(self._publish, temporary, path, meta))
+            self._persistently(f"checkpoint {path}", partial(self._publish, temporary, path, meta))
         except CheckpointError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             text = f"the checkpoint of step {meta['step']} could not be written: {error}"
@@ -161,12 +183,12 @@ class CheckpointWriter:
                 log.error("%s; training goes on without it until the next one", text)  # noqa: TRY400  no stack trace
             return text
         try:
-            _persistently(f"the name of {path}", partial(_point_to, path))
+            self._persistently(f"the name of {path}", partial(_point_to, path))
             if not meta["consecutive_skips"]:  # what was saved before a streak of bad steps stays
                 delete_old(self._folder, self._config.checkpoint, meta["step"])
         except CheckpointError as error:
             log.warning("%s is complete, but older checkpoints stay: %s", path, error)
-        self.newest = meta["step"]
+        self.newest, self._intact = meta["step"], path
         log.info("saved %s", path)
         return None
 
@@ -176,6 +198,31 @@ class CheckpointWriter:
             for leftover in self._folder.glob(".step_*.tmp"):
                 if leftover != temporary:
                     shutil.rmtree(leftover, ignore_errors=True)
+
+    def _persistently(self, what: str, work: Callable[[], T]) -> T:
+        """Try again, later each time, what the file system refuses.
+
+        Raises:
+            CheckpointError: It still does, or the folder is gone, because another rank gave up; the message says what
+                a person can do.
+        """
+        pauses, hurried = iter(_RETRY_SECONDS), False
+        while True:
+            try:
+                return work()
+            except OSError as error:
+                if self._waited_for.is_set() and not hurried:
+                    pauses, hurried = iter(_WAITED_FOR_SECONDS), True
+                seconds = next(pauses, None)
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                remedy = "free disk space or lower checkpoint.keep_last" if full else "check run_dir"
+                if seconds is None or isinstance(error, FileNotFoundError):
+                    raise CheckpointError(f"{error}; {remedy}") from error
+                log.warning("%s could not be written: %s; %s; trying again in %g s", what, error, remedy, seconds)
+                if hurried:
+                    time.sleep(seconds)
+                else:
+                    self._waited_for.wait(seconds)
 
     def _await_parts(self, temporary: Path) -> dict[str, Any]:
         """Size and checksum of every rank's part, once all are written.
@@ -213,17 +260,22 @@ class CheckpointWriter:
 
     def _publish(self, temporary: Path, path: Path, meta: dict[str, Any]) -> None:
         """Write what is not tensors, and give the folder its name."""
-        _write(temporary / "config.yaml", dump(self._config))
-        _write(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
+        write_flushed(temporary / "config.yaml", dump(self._config))
+        write_flushed(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
         for word in temporary.glob("part_*.json"):
             word.unlink()
         _flush(temporary)
-        doomed = path.with_name(f".{path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
+        replaced = path.with_name(f".{path.name}.replaced")
         if path.exists():  # a run that was cut back may write a step again
-            path.rename(doomed)
-        temporary.rename(path)
-        shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        try:
+            temporary.rename(path)  # a kill before this leaves the old one, which set_aside brings back
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 class Staging:
@@ -307,26 +359,6 @@ def checksum_of(header: bytes, staging: Staging) -> str:
     return state.hexdigest()
 
 
-def _persistently(what: str, work: Callable[[], T]) -> T:
-    """Try again a few times, later each time, what the file system refuses.
-
-    Raises:
-        CheckpointError: It still does, or the folder is gone, because another rank gave up; the message says what a
-            person can do.
-    """
-    for seconds in (*_RETRY_SECONDS, None):
-        try:
-            return work()
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "free disk space or lower checkpoint.keep_last" if full else "check run_dir"
-            if seconds is None or isinstance(error, FileNotFoundError):
-                raise CheckpointError(f"{error}; {remedy}") from error
-            log.warning("%s could not be written: %s; %s; trying again in %g s", what, error, remedy, seconds)
-            time.sleep(seconds)
-    raise AssertionError
-
-
 def _part_name(rank: int) -> str:
     return f"part_{rank:05d}"
 
@@ -356,12 +388,13 @@ def _read_word(part: Path) -> dict[str, Any] | None:
 def _point_to(path: Path) -> None:
     """Make a checkpoint's name last, and write it into ``latest``."""
     _flush(path.parent)
-    _write(path.with_name(".latest.tmp"), path.name + "\n")
+    write_flushed(path.with_name(".latest.tmp"), path.name + "\n")
     path.with_name(".latest.tmp").replace(path.with_name("latest"))
     _flush(path.parent)
 
 
-def _write(path: Path, text: str) -> None:
+def write_flushed(path: Path, text: str) -> None:
+    """Write a small file and force it to the disk."""
     path.write_text(text, encoding="utf-8")
     _flush(path)
 

@@ -21,7 +21,7 @@ import torch
 import evaclip
 from evaclip import changes, checkpoint
 from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
-from evaclip.checkpoint_writer import CheckpointWriter
+from evaclip.checkpoint_writer import CheckpointWriter, write_flushed
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
@@ -191,7 +191,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         _load_state(reader, run)
     with agreed(ranks), writing(f"run_dir {run.directory}", ConfigError):
         if ranks.is_main:
-            (run.directory / ".config.yaml.tmp").write_text(dump(config), encoding="utf-8")
+            write_flushed(run.directory / ".config.yaml.tmp", dump(config))
             (run.directory / ".config.yaml.tmp").replace(run.directory / "config.yaml")
             _announce(run, reader)
             if reader:

@@ -18,7 +18,7 @@ from evaclip.accumulation import forward_backward
 from evaclip.anomalies import Anomalies
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.distributed import Ranks, agreed, started
-from evaclip.errors import EvaclipError, OutOfMemoryError, TrainingStoppedError, writing
+from evaclip.errors import DataError, EvaclipError, OutOfMemoryError, TrainingStoppedError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
 from evaclip.history import History, append_rows, cut_rows
 from evaclip.memory import advice, is_out_of_memory
@@ -109,7 +109,10 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         last = run.step == steps
         if run.step % config.log.every_steps == 0 or last:
             report.publish(run, factor)
-        if config.eval.datasets and (last or (config.eval.every_steps and run.step % config.eval.every_steps == 0)):
+        due = config.eval.datasets and (last or run.step % (config.eval.every_steps or steps) == 0)
+        if due and asked:  # whoever asks may not wait for minutes before all is saved
+            log.info("asked to stop: the evaluation at step %d is left out; evaclip evaluate does it", run.step)
+        elif due:
             try:
                 report.evaluation(run)
             except EvaclipError:
@@ -189,7 +192,11 @@ class Report:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
                 self.commit(run)
         self._tell_anomalies(run)
-        self.accounting.require_few_bad(config.data.max_bad_fraction)
+        try:
+            self.accounting.require_few_bad(config.data.max_bad_fraction)
+        except DataError:  # on all ranks, after a step that is complete: a higher limit goes on from here
+            self.checkpoint(run, final=True)
+            raise
         most = config.train.max_consecutive_skipped_steps
         if values["train/consecutive_skips"] >= most:
             raise TrainingStoppedError(

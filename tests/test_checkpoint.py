@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import shutil
@@ -7,7 +8,16 @@ import torch
 from tiny import tiny_config
 
 from evaclip import checkpoint
-from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, newest_intact, set_aside, to_delete
+from evaclip.checkpoint import (
+    CheckpointReader,
+    Entry,
+    RunState,
+    damage,
+    find_checkpoint,
+    newest_intact,
+    set_aside,
+    to_delete,
+)
 from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config import CheckpointConfig
 from evaclip.distributed import Ranks
@@ -123,12 +133,54 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_backup"]
 
 
+def test_what_a_finished_replacement_left_is_removed(tmp_path):
+    path = write(tmp_path, 1)
+    (tmp_path / ".step_00000001.replaced").mkdir()
+    assert set_aside(tmp_path) == (path, [])
+    assert not (tmp_path / ".step_00000001.replaced").exists()
+
+
 def test_checkpoint_of_another_format_is_refused(tmp_path):
     path = write(tmp_path, 1)
-    meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps({**meta, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
-        CheckpointReader(path)
+    meta = {**json.loads((path / "meta.json").read_text()), "format": 99}
+    meta.pop("xxh3")
+    (path / "meta.json").write_text(json.dumps({**meta, "xxh3": checkpoint.meta_checksum(meta)}))
+    for read in (CheckpointReader, find_checkpoint, lambda path: set_aside(path.parent)):
+        with pytest.raises(CheckpointError, match="has format 99, this version reads 1; use the code that wrote it"):
+            read(path)
+    assert path.exists()
+
+
+def fail(monkeypatch, number, error):
+    """Let reading of parts fail so many times."""
+    original, calls = checkpoint._checksum, iter(range(100))
+
+    def checksum(path):
+        if next(calls) < number:
+            raise error
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "_RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(checkpoint, "_checksum", checksum)
+
+
+def test_a_storage_that_fails_for_a_moment_sets_no_checkpoint_aside(tmp_path, monkeypatch):
+    path = write(tmp_path, 1)
+    fail(monkeypatch, 2, OSError(errno.EIO, "Input/output error"))
+    assert set_aside(tmp_path) == (path, [])
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ESTALE, "Stale file handle"), PermissionError(13, "Permission denied")]
+)
+def test_a_storage_that_does_not_read_is_no_damage_and_stops_with_the_file_and_the_fault(tmp_path, monkeypatch, error):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    fail(monkeypatch, 99, error)
+    expected = rf"step_00000002/part_00000.safetensors cannot be read: .*{error.strerror}; .* check the storage"
+    with pytest.raises(CheckpointError, match=expected):
+        set_aside(tmp_path)
+    assert path.exists()
 
 
 def test_the_files_of_another_step_are_no_checkpoint(tmp_path):

@@ -1,12 +1,15 @@
 """Checkpoints behind the training: what it waits for, what is written, and what happens where writing fails."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
 import resource
 import threading
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 
 from evaclip import checkpoint_writer
-from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, find_checkpoint
+from evaclip.checkpoint import CheckpointReader, Entry, RunState, damage, find_checkpoint, set_aside
 from evaclip.checkpoint_writer import CheckpointWriter, Staging, checksum_of, write_part
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError
@@ -27,6 +30,7 @@ STATE = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4096]}, {}, {}, {})
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_writer, "_RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(checkpoint_writer, "_WAITED_FOR_SECONDS", (0.01, 0.01))
     writer = CheckpointWriter(tmp_path / "checkpoints", tiny_config(tmp_path, checkpoint__keep_last=9), Ranks())
     yield writer
     writer.leave()
@@ -210,6 +214,44 @@ def test_a_checkpoint_that_cannot_be_written_costs_neither_the_run_nor_the_one_b
     assert names(writer) == ["latest", "step_00000001", "step_00000004"]
 
 
+def test_three_checkpoints_in_a_row_that_cannot_be_written_stop_the_run_and_name_the_newest(writer, monkeypatch):
+    original = checkpoint_writer.write_part
+
+    def over_quota(path, *arguments):
+        if not path.parent.name.startswith((".step_00000001.", ".step_00000004.")):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "write_part", over_quota)
+    for step in range(1, 8):  # 2 and 3 fail, and 5, 6 and 7
+        save(writer, step, final=False)
+    with pytest.raises(CheckpointError, match=r"last 3 .*step 7 .*quota.*free disk.*goes on from .*/step_00000004$"):
+        save(writer, 8, final=False)
+    assert names(writer) == ["latest", "step_00000001", "step_00000004"]
+
+
+def test_training_waits_for_no_long_retry(writer, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "_RETRY_SECONDS", (100.0,))
+    broken = Mock(side_effect=OSError(5, "Input/output error"))
+    monkeypatch.setattr(checkpoint_writer, "write_part", broken)
+    started = time.monotonic()
+    save(writer, 1, final=False)
+    while not broken.called:
+        time.sleep(0.001)
+    with pytest.raises(CheckpointError, match="step 2 could not"):
+        save(writer, 2)
+    assert broken.call_count == 7  # in the pause of step 1, then after 0.01 s each
+    assert time.monotonic() - started < 50
+    save(writer, 3, final=False)
+    writer.leave()
+    assert time.monotonic() - started < 50
+
+
+def test_a_checkpoint_that_nobody_waits_for_is_tried_for_three_minutes():
+    assert sum(checkpoint_writer._RETRY_SECONDS) > 180
+    assert sum(checkpoint_writer._WAITED_FOR_SECONDS) < 10  # of the 30 s that a launcher gives
+
+
 def test_a_folder_that_cannot_be_written_is_named(writer):
     save(writer, 1)
     writer._folder.chmod(0o500)
@@ -283,6 +325,45 @@ def test_a_part_whose_folder_is_gone_is_not_written_again(writer, gate, caplog):
 def test_a_step_that_is_written_again_replaces_the_old_one(writer):
     save(writer, 2, 1)
     assert CheckpointReader(save(writer, 2, 5)).weights()["a"][0] == 5
+    assert names(writer) == ["latest", "step_00000002"]
+
+
+def break_rename(monkeypatch, error):
+    """No temporary folder becomes a checkpoint."""
+    original = Path.rename
+
+    def rename(self, target):
+        if self.suffix == ".tmp":
+            raise error
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+class Killed(BaseException):
+    """As SIGKILL: nobody cleans up."""
+
+
+def test_a_kill_while_a_step_is_replaced_keeps_the_old_one(writer, monkeypatch):
+    path = save(writer, 2, 1)
+    with monkeypatch.context() as patch:
+        break_rename(patch, Killed())
+        with pytest.raises(Killed):
+            save(writer, 2, 5)
+        writer._part = writer._commit = None
+    assert not path.exists()
+    assert set_aside(writer._folder) == (path, [])
+    assert CheckpointReader(path).weights()["a"][0] == 1
+    assert names(writer) == ["latest", "step_00000002"]
+
+
+def test_a_replacement_that_cannot_get_its_name_leaves_the_old_one(writer, monkeypatch):
+    path = save(writer, 2, 1)
+    with monkeypatch.context() as patch:
+        break_rename(patch, OSError(5, "Input/output error"))
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            save(writer, 2, 5)
+    assert CheckpointReader(path).weights()["a"][0] == 1
     assert names(writer) == ["latest", "step_00000002"]
 
 

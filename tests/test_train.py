@@ -8,18 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
-from tiny import SYNTHETIC, tiny_config
+from tiny import SYNTHETIC, colour_records, tiny_config
 
 import evaclip
 from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
-from evaclip.data.shards import Shard
+from evaclip.data.shards import Shard, write_shards
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingStoppedError
 from evaclip.history import load_history
@@ -328,6 +329,33 @@ def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
     with pytest.raises(DataError, match=r"gone\.tar"):
         train(tiny_config(tmp_path / "run", **options))
     assert find_checkpoint(tmp_path / "run").name == "step_00000004"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_that_is_asked_to_stop_saves_without_the_evaluation_and_says_so(tmp_path, colour_shards, step):
+    datasets = {"held": {"task": "loss", "path": str(colour_shards / "00000.tar")}}
+    options = {"eval__datasets": datasets, "eval__batch": 10, "eval__every_steps": 2, "eval__at_start": False}
+    with pytest.raises(TrainingStoppedError) if step < 4 else nullcontext():
+        _train_until(tmp_path, step, SYNTHETIC, **options)
+    assert find_checkpoint(tmp_path).name == f"step_{step:08d}"
+    assert f"the evaluation at step {step} is left out" in (tmp_path / "log.txt").read_text()
+    train(tiny_config(tmp_path, **options))
+    assert [row["step"] for row in rows(tmp_path) if "eval/held/loss" in row] == [6 - step]  # the other one
+
+
+def test_a_run_that_too_many_bad_records_stop_is_saved_and_goes_on_with_a_higher_limit(tmp_path):
+    records = [(key, {**m, "jpg": b"bad"} if int(key) % 3 == 0 else m) for key, m in colour_records(60)]
+    write_shards(tmp_path, records, 60)
+    source = {"shards": str(tmp_path / "00000.tar")}
+    options = {"train__steps": 6, "checkpoint__every_steps": 100}
+    with pytest.raises(DataError, match=r"more than data\.max_bad_fraction"):
+        train(tiny_config(tmp_path / "run", source, **options))
+    step = rows(tmp_path / "run")[-1]["step"]
+    assert find_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
+    train(tiny_config(tmp_path / "run", source, **options, data__max_bad_fraction=0.9))
+    train(tiny_config(tmp_path / "straight", source, **options, data__max_bad_fraction=0.9))
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
 def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone(tmp_path):

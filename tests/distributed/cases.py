@@ -476,7 +476,7 @@ def terminated(ranks: Ranks, folder: Path) -> list[str]:
 
 def failed_write(ranks: Ranks, folder: Path) -> list[str]:
     """The last rank cannot write its part, then nothing at all: every rank is told, only the older one is left."""
-    checkpoint_writer._RETRY_SECONDS = (0.1,)
+    checkpoint_writer._RETRY_SECONDS = checkpoint_writer._WAITED_FOR_SECONDS = (0.1,)
     writer = CheckpointWriter(folder, tiny_config(folder), ranks)
     progress = RunState(1, 16, 1, 1.0, 16, {}, {}, {"a": [4096]}, {}, {}, {})
     entries = [Entry("weight", "a", 0, torch.zeros(4096))] if ranks.rank == ranks.world_size - 1 else []

@@ -190,6 +190,16 @@ class Start:
             return path.stat().st_mtime > self._time
         return False
 
+    def hold(self, moment: str) -> bool:
+        """Stop all processes; where they are no longer at the moment, let them go on, and return False."""
+        family = self._family()
+        _signal(family, signal.SIGSTOP)
+        time.sleep(0.05)  # until all their threads stand still
+        if self.where() == moment:
+            return True
+        _signal(family, signal.SIGCONT)
+        return False
+
     def kill(self) -> bool:
         """Send SIGKILL to all processes at once; whether there was one to be killed."""
         self._strike(self._family())
@@ -206,9 +216,7 @@ class Start:
         _wait_until_gone(family)
 
     def _strike(self, doomed: Sequence[psutil.Process]) -> None:
-        for process in doomed:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _signal(doomed, signal.SIGKILL)
         _wait_until_gone(doomed)
 
     def _roots(self) -> list[psutil.Process]:
@@ -218,6 +226,12 @@ class Start:
         """All living processes of this start."""
         roots = self._roots()
         return [*roots, *(child for root in roots for child in root.children(recursive=True))]
+
+
+def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _wait_until_gone(processes: Sequence[psutil.Process]) -> None:
@@ -290,8 +304,15 @@ def in_step(start: Start, random: Random, duration: float) -> Callable[[], bool]
 
 
 def in_write(start: Start, random: Random, duration: float) -> Callable[[], bool]:
-    """While a temporary folder of a checkpoint is there."""
-    return _after(random.uniform(0, 0.05), lambda: start.where() == WRITING)
+    """While a temporary folder of a checkpoint is there; the processes are stopped, or it might go before the kill."""
+
+    def reached() -> bool:
+        if start.where() != WRITING:
+            return False
+        time.sleep(random.uniform(0, 0.01))
+        return start.hold(WRITING)
+
+    return reached
 
 
 def in_evaluation(start: Start, random: Random, duration: float) -> Callable[[], bool]:

@@ -13,7 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tables
 import torch
+from tables import record
 from tiny import tiny_config
 
 from evaclip.checkpoint import FORMAT, CheckpointReader, Entry, RunState, set_aside
@@ -195,7 +197,8 @@ def _right(reader, step):
     return (reader.state, reader.config) == (state(step), CONFIG)
 
 
-GOOD = {"an older one is used, the damage named", "the newest is used", "none is left, and said"}
+GOOD = ("the newest is used", "an older one is used, the damage named", "none is left, and said")
+BAD = ("silent", "not named", "an intact one was passed over")
 
 
 def table(origin, folder, number):
@@ -209,18 +212,33 @@ def table(origin, folder, number):
 
 def test_a_sample_of_random_damage_is_seen_and_named(origin, tmp_path):
     counts = table(origin, tmp_path / "checkpoints", 42)
-    assert {result for row in counts.values() for result in row} <= GOOD
+    assert {result for row in counts.values() for result in row} <= {*GOOD}
     assert set(counts) == {damage.__name__ for damage in DAMAGE}
+
+
+def tell(counts):
+    """Write the table."""
+    for kind, row in sorted(counts.items()):
+        for result in (*GOOD, *BAD):
+            record("Damaged checkpoints: kind of damage, and what a run does", kind, result, row[result])
+
+
+def test_every_kind_of_damage_stands_in_the_table(monkeypatch):
+    monkeypatch.setattr(tables, "FIGURES", [])
+    tell({"flip": Counter({"the newest is used": 3}), "cut": Counter({"silent": 1})})
+    rows = {figure.row: {} for figure in tables.FIGURES}
+    for figure in tables.FIGURES:
+        rows[figure.row][figure.column] = figure.value
+    assert rows["flip"] == {**dict.fromkeys((*GOOD, *BAD), 0), "the newest is used": 3}
+    assert rows["cut"]["silent"] == 1
 
 
 @pytest.mark.faults
 def test_1000_random_damages_load_nothing_wrong(origin, tmp_path):
     counts = table(origin, tmp_path / "checkpoints", 1000)
-    print()  # noqa: T201  a table for people
-    for kind, row in sorted(counts.items()):
-        print(f"{kind:10s}", dict(row))  # noqa: T201
+    tell(counts)
     total = sum((Counter(row) for row in counts.values()), Counter())
-    assert set(total) == GOOD
+    assert set(total) == {*GOOD}
     assert sum(total.values()) == 1000
     assert min(total["an older one is used, the damage named"], total["the newest is used"]) > 100
 
