@@ -13,6 +13,7 @@ import functools
 import io
 import logging
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Generator
@@ -36,6 +37,10 @@ _TIMEOUT = 60
 """Seconds without an answer after which a remote read has failed."""
 _CHUNK = 8 << 20
 """Bytes that are cached together."""
+_PIECE_NAME = re.compile(r"\.?[0-9a-f]{32}-\d+(\.tmp)?")
+"""Of the cache's own files, also half-written ones; whatever else lies in its folder is not its to count or delete."""
+_LOCK_NAME = ".evaclip-cache"
+"""Not ``.lock``: that is a run directory's, which may be the same folder."""
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Answers that a second try does not change."""
 
@@ -198,7 +203,10 @@ def _file_system(location: str) -> Any:
 
 
 class Cache(NamedTuple):
-    """A folder that keeps pieces of remote files, the least recently used of which go first."""
+    """A folder that keeps pieces of remote files, the least recently used of which go first.
+
+    Other files may lie in it, such as indexes or shards: they stay, and do not count.
+    """
 
     folder: Path
     most_bytes: int
@@ -224,7 +232,9 @@ class Cache(NamedTuple):
     def _keep(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            entries = [(entry.stat(), entry.path) for entry in os.scandir(self.folder) if entry.name != ".lock"]
+            entries = [
+                (entry.stat(), entry.path) for entry in os.scandir(self.folder) if _PIECE_NAME.fullmatch(entry.name)
+            ]
             excess = sum(stat.st_size for stat, _ in entries) + len(data) - self.most_bytes
             for stat, old in sorted(entries, key=lambda entry: entry[0].st_mtime):
                 if excess <= 0:
@@ -239,7 +249,7 @@ class Cache(NamedTuple):
     @contextmanager
     def _locked(self) -> Generator[None]:
         """Only one process of this machine adds at a time, so the bound holds."""
-        with (self.folder / ".lock").open("w") as lock:
+        with (self.folder / _LOCK_NAME).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

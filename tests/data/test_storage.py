@@ -180,6 +180,35 @@ def test_what_was_used_last_stays(server, tmp_path, small_chunks):
     assert server.ranges == [(n * 1000, n * 1000 + 1000) for n in range(5)]
 
 
+def test_what_else_lies_in_the_caches_folder_stays_and_does_not_count(server, tmp_path, small_chunks):
+    folder = tmp_path / "cache"
+    (folder / "shards").mkdir(parents=True)
+    others = [
+        folder / "00000.tar",
+        folder / "0123456789abcdef-00000.tar.index.safetensors",
+        folder / "shards" / "00001.tar",
+        folder / ".lock",
+    ]
+    for path in others:
+        path.write_bytes(bytes(5000))
+        os.utime(path, (0, 0))
+    file = open_file(f"{server.url}/file", Cache(folder, 3000))
+    for number in (*range(5), 4, 3, 2):
+        file.read(number * 1000, 10)
+    assert server.ranges == [(n * 1000, n * 1000 + 1000) for n in range(5)]
+    assert [path.stat().st_size for path in others] == [5000] * 4
+
+
+def test_what_a_killed_process_left_half_written_goes_first(server, tmp_path, small_chunks):
+    cache = Cache(tmp_path / "cache", 3000)
+    file = open_file(f"{server.url}/file", cache)
+    file.read(0, 10)
+    (piece,) = cache.folder.glob("*-0")
+    half = piece.rename(cache.folder / f".{piece.name}.tmp")
+    file.read(1000, 3000)
+    assert not half.exists()
+
+
 def _read_some(url, folder, start):
     storage._CHUNK = 1000
     file = open_file(f"{url}/file", Cache(folder, 10_000))
@@ -233,7 +262,7 @@ def test_a_damaged_piece_in_the_cache_is_read_again(shard, server, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 20)
     shard_set = ShardSet([location], None, [Shard(location).index.digest], cache)
     before = shard_set.read(0, 3)
-    (piece,) = [path for path in cache.folder.iterdir() if path.name != ".lock"]
+    (piece,) = cache.folder.glob("*-0")
     piece.write_bytes(bytes(piece.stat().st_size))
     assert shard_set.read(0, 3) == before
     content = bytearray(shard.read_bytes())
