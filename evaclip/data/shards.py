@@ -84,16 +84,19 @@ def read_record(file: File, index: ShardIndex, record: int) -> Record:
     where = f"{file.location}: record {index.keys[record]!r}"
     if length > _MOST_BYTES:
         raise CorruptRecordError(f"{where} has {length:,} bytes, more than {_MOST_BYTES:,}", "too_many_bytes")
+    data = b""
     for fresh in (False, True):
         data = file.read(start, length, fresh=fresh)
         if len(data) != length:
-            raise CorruptRecordError(f"{where} lies behind the end of the file, which was cut off", "cut_off")
+            continue
         spans = ((int(index.offsets[m]) - start, int(index.sizes[m])) for m in range(first, last + 1))
         contents = [data[offset : offset + size] for offset, size in spans]
         expected = index.checksums[first : last + 1].tolist()
         if [checksum(content) for content in contents] == expected:
             extensions = [index.extensions[int(index.kinds[member])] for member in range(first, last + 1)]
             return Record(index.keys[record], dict(zip(extensions, contents, strict=True)))
+    if len(data) != length:
+        raise CorruptRecordError(f"{where} lies behind the end of the file, which was cut off", "cut_off")
     raise CorruptRecordError(f"{where} differs from its checksum")
 
 

@@ -217,8 +217,9 @@ class Cache(NamedTuple):
         if not fresh:
             with contextlib.suppress(OSError):
                 data = path.read_bytes()
-                os.utime(path)
-                return data
+                if len(data) == min(_CHUNK, file.size - number * _CHUNK):  # a power loss may have cut it off
+                    os.utime(path)
+                    return data
         data = file.read(number * _CHUNK, _CHUNK)
         try:
             self._keep(path, data)

@@ -209,6 +209,20 @@ def test_what_a_killed_process_left_half_written_goes_first(server, tmp_path, sm
     assert not half.exists()
 
 
+@pytest.mark.parametrize("length", [0, 999, 1001])
+def test_a_piece_of_another_length_is_read_again(server, tmp_path, small_chunks, length):
+    cache = Cache(tmp_path / "cache", 1 << 30)
+    last = len(CONTENT) // 1000
+    for _ in range(2):
+        assert open_file(f"{server.url}/file", cache).read(0, len(CONTENT)) == CONTENT
+    assert len(server.ranges) == last + 1
+    for number in (1, last):
+        (piece,) = cache.folder.glob(f"*-{number}")
+        piece.write_bytes(bytes(length))
+    assert open_file(f"{server.url}/file", cache).read(0, len(CONTENT)) == CONTENT
+    assert server.ranges[last + 1 :] == [(1000, 2000), (last * 1000, len(CONTENT))]
+
+
 def _read_some(url, folder, start):
     storage._CHUNK = 1000
     file = open_file(f"{url}/file", Cache(folder, 10_000))
