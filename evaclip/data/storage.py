@@ -100,7 +100,8 @@ def _persistent(location: str, read: Callable[[], T], faults: type[Exception]) -
         except DataError:
             raise
         except _FINAL as error:
-            what = error.strerror or "it does not exist"
+            unsaid = "permission denied" if isinstance(error, PermissionError) else "it does not exist"
+            what = error.strerror or unsaid  # fsspec's libraries often give no reason
             raise NotThereError(f"{location} cannot be read ({what}); check the path and its permissions") from error
         except faults as error:
             if wait is None:

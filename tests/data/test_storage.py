@@ -75,6 +75,16 @@ def test_what_is_not_there_is_not_waited_for(tmp_path, server):
     assert time.monotonic() - start < 5
 
 
+def test_a_refusal_without_a_reason_is_not_called_missing(monkeypatch):
+    class Refusing:
+        def info(self, location):
+            raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(storage, "_file_system_of", lambda *_: Refusing())
+    with pytest.raises(NotThereError, match=r"s3://b/0\.tar cannot be read \(permission denied\); check the path and"):
+        open_file("s3://b/0.tar")
+
+
 def test_remote_ranges_are_asked_for_and_nothing_else(server):
     file = open_file(f"{server.url}/file")
     assert file.size == len(CONTENT)
