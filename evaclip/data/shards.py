@@ -58,14 +58,24 @@ def expand(pattern: str | Sequence[str]) -> list[str]:
         DataError: A local path is missing or is not a file, a URL is of an unknown kind, or there is no shard at all.
     """
     names = expand_names(pattern)
-    missing = [Path(name) for name in names if not is_remote(name) and not Path(name).is_file()]
-    if missing:
-        what = "is a folder, not a shard" if missing[0].is_dir() else "does not exist"
-        origin = "" if missing[0].is_absolute() else f", which counts from {Path.cwd()}"
-        raise DataError(
-            f"{missing[0]} {what} ({len(missing)} of {len(names)} shards cannot be used); check the pattern{origin}"
-        )
+    require_files(names, missing_files(names))
     return names
+
+
+def missing_files(names: Sequence[str]) -> list[str]:
+    """Those of some shards that are neither URLs nor files."""
+    return [name for name in names if not is_remote(name) and not Path(name).is_file()]
+
+
+def require_files(names: Sequence[str], missing: Sequence[str]) -> None:
+    """Raises ``DataError``, which names the first, where any of a pattern's shards are missing."""
+    if missing:
+        first = Path(missing[0])
+        what = "is a folder, not a shard" if first.is_dir() else "does not exist"
+        origin = "" if first.is_absolute() else f", which counts from {Path.cwd()}"
+        raise DataError(
+            f"{first} {what} ({len(missing)} of {len(names)} shards cannot be used); check the pattern{origin}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
