@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from tqdm import tqdm
 from evaclip.config import IMAGE_KEYS, DataConfig, RunConfig, ShardSource
 from evaclip.data.index import ensure_index
 from evaclip.data.readers import OpenedSource, ShardReader, SyntheticReader
-from evaclip.data.shards import ShardSet, expand
+from evaclip.data.shards import ShardSet, missing_files, require_files
 from evaclip.data.storage import Cache
+from evaclip.data.tar import expand_names
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
@@ -40,7 +42,7 @@ class ShardFacts(NamedTuple):
 def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     """Find and count all sources; missing indexes are built in parallel over the ranks.
 
-    Communicates one gather of a few bytes per shard.
+    Communicates one gather of a few bytes per shard, and one of the names of those that are missing.
 
     Raises:
         DataError: A shard is missing, too much of a source is damaged, or it has no images or no captions.
@@ -53,8 +55,7 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
             reader = SyntheticReader(size, config.model.text.context_length)
             opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
             continue
-        with agreed(ranks):
-            paths = expand(source.shards)
+        paths = _expand(source.shards, ranks)
         facts = _count(name, paths, config.data, ranks)
         _require_little_damage(name, paths, facts, config.data.max_bad_fraction)
         _require_members(name, source, facts)
@@ -66,6 +67,15 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
         digest = xxhash.xxh3_64_hexdigest("".join(fact.digest for fact in facts).encode())
         opened[name] = OpenedSource(reader, tuple(fact.records for fact in facts), digest)
     return opened
+
+
+def _expand(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
+    """The shards that a pattern names; each rank looks for those it counts, before any of them is read."""
+    with agreed(ranks):
+        paths = expand_names(pattern)
+        missing = ranks.gather_objects(missing_files(paths[ranks.rank :: ranks.world_size]))
+        require_files(paths, sorted(chain.from_iterable(missing)))
+    return paths
 
 
 def _count(name: str, paths: Sequence[str], data: DataConfig, ranks: Ranks) -> list[ShardFacts]:

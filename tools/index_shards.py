@@ -15,36 +15,59 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
+from typing import NamedTuple
 
 from evaclip.data.index import ShardIndex, build_index, ensure_index, index_path, save_index
 from evaclip.data.shards import expand
+from evaclip.data.storage import is_remote
 from evaclip.errors import DataError, EvaclipError
 
 _MANY = 160_000  # shards of a LAION-2B in img2dataset's usual size
 
 
-def index_one(location: str, index_dir: str | None, *, rebuild: bool) -> ShardIndex:
-    """A shard's index, read from the shard and saved where it is missing, or always."""
-    if not rebuild:
-        return ensure_index(location, index_dir)
+class Found(NamedTuple):
+    """What is told of an indexed shard."""
+
+    location: str
+    num_records: int
+    tar_size: int
+    problems: tuple[str, ...]
+
+
+def index_one(location: str, index_dir: str | None, *, rebuild: bool) -> Found | str:
+    """Index a shard, where that is missing or always; what was found in it, or why it cannot be indexed."""
+    try:
+        index = _rebuilt_index(location, index_dir) if rebuild else ensure_index(location, index_dir)
+    except (DataError, OSError) as error:
+        return str(error)
+    problems = [f"{location}: {gap.what} at byte {gap.start:,}; restore it" for gap in index.gaps]
+    if index.damage and not problems:
+        problems = [f"{location}: {index.damage}; remove it from the shards"]
+    return Found(location, index.num_records, index.tar_size, tuple(problems))
+
+
+def _rebuilt_index(location: str, index_dir: str | None) -> ShardIndex:
+    path = index_path(location, index_dir)
+    if is_remote(path):
+        raise DataError(f"{path} cannot be written there; set --index-dir to a local folder")
     index = build_index(location)
-    save_index(index, index_path(location, index_dir))
+    save_index(index, path)
     return index
 
 
-def index_all(
-    shards: Sequence[str], index_dir: str | None, *, rebuild: bool, processes: int
-) -> Iterator[tuple[str, ShardIndex | DataError | OSError]]:
-    """Each shard with its index or its problem, as they are done."""
+def index_all(shards: Sequence[str], index_dir: str | None, *, rebuild: bool, processes: int) -> Iterator[Found | str]:
+    """What ``index_one`` says of each shard, as they are done; few wait at a time, whatever their number."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads it leaves behind
     with ProcessPoolExecutor(min(processes, len(shards)), mp_context=context) as pool:
-        done = {pool.submit(index_one, shard, index_dir, rebuild=rebuild): shard for shard in shards}
-        for future in as_completed(done):
-            try:
-                yield done[future], future.result()
-            except (DataError, OSError) as error:
-                yield done[future], error
+        futures = (pool.submit(index_one, shard, index_dir, rebuild=rebuild) for shard in shards)
+        waiting = set(islice(futures, 4 * processes))
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            waiting |= set(islice(futures, len(done)))
+            for future in done:
+                yield future.result()
 
 
 def own_share(shards: Sequence[str], environment: Mapping[str, str]) -> Sequence[str]:
@@ -77,21 +100,19 @@ def main(argv: list[str]) -> int:
         print("this task of the array has no shards")
         return 0
     total, size, problems = 0, 0, []
-    for path, found in index_all(shards, arguments.index_dir, rebuild=arguments.rebuild, processes=arguments.processes):
-        if not isinstance(found, ShardIndex):
-            problems.append(f"error: {found}")
+    for found in index_all(shards, arguments.index_dir, rebuild=arguments.rebuild, processes=arguments.processes):
+        if isinstance(found, str):
+            problems.append(found)
             continue
         total, size = total + found.num_records, size + found.tar_size
-        print(f"{path}: {found.num_records:,} records", flush=True)
-        problems += [f"error: {path}: {gap.what} at byte {gap.start:,}; restore it" for gap in found.gaps]
-        if not found.num_records and not found.gaps:
-            problems.append(f"error: {path}: {found.damage}; remove it from the shards")
+        print(f"{found.location}: {found.num_records:,} records", flush=True)
+        problems += found.problems
     seconds = time.monotonic() - start
     print(
         f"{total:,} records in {len(shards):,} shards, {size / 1e9:.1f} GB, {seconds:.1f} s; "
         f"{_MANY:,} such shards: {_MANY / len(shards) * seconds / 3600:.1f} h on this machine"
     )
-    print("".join(f"{problem}\n" for problem in sorted(problems)), end="", file=sys.stderr)
+    print("".join(f"error: {problem}\n" for problem in sorted(problems)), end="", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -58,14 +58,24 @@ def expand(pattern: str | Sequence[str]) -> list[str]:
         DataError: A local path is missing or is not a file, a URL is of an unknown kind, or there is no shard at all.
     """
     names = expand_names(pattern)
-    missing = [Path(name) for name in names if not is_remote(name) and not Path(name).is_file()]
-    if missing:
-        what = "is a folder, not a shard" if missing[0].is_dir() else "does not exist"
-        origin = "" if missing[0].is_absolute() else f", which counts from {Path.cwd()}"
-        raise DataError(
-            f"{missing[0]} {what} ({len(missing)} of {len(names)} shards cannot be used); check the pattern{origin}"
-        )
+    require_files(names, missing_files(names))
     return names
+
+
+def missing_files(names: Sequence[str]) -> list[str]:
+    """Those of some shards that are neither URLs nor files."""
+    return [name for name in names if not is_remote(name) and not Path(name).is_file()]
+
+
+def require_files(names: Sequence[str], missing: Sequence[str]) -> None:
+    """Raises ``DataError``, which names the first, where any of a pattern's shards are missing."""
+    if missing:
+        first = Path(missing[0])
+        what = "is a folder, not a shard" if first.is_dir() else "does not exist"
+        origin = "" if first.is_absolute() else f", which counts from {Path.cwd()}"
+        raise DataError(
+            f"{first} {what} ({len(missing)} of {len(names)} shards cannot be used); check the pattern{origin}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -84,16 +94,19 @@ def read_record(file: File, index: ShardIndex, record: int) -> Record:
     where = f"{file.location}: record {index.keys[record]!r}"
     if length > _MOST_BYTES:
         raise CorruptRecordError(f"{where} has {length:,} bytes, more than {_MOST_BYTES:,}", "too_many_bytes")
+    data = b""
     for fresh in (False, True):
         data = file.read(start, length, fresh=fresh)
         if len(data) != length:
-            raise CorruptRecordError(f"{where} lies behind the end of the file, which was cut off", "cut_off")
+            continue
         spans = ((int(index.offsets[m]) - start, int(index.sizes[m])) for m in range(first, last + 1))
         contents = [data[offset : offset + size] for offset, size in spans]
         expected = index.checksums[first : last + 1].tolist()
         if [checksum(content) for content in contents] == expected:
             extensions = [index.extensions[int(index.kinds[member])] for member in range(first, last + 1)]
             return Record(index.keys[record], dict(zip(extensions, contents, strict=True)))
+    if len(data) != length:
+        raise CorruptRecordError(f"{where} lies behind the end of the file, which was cut off", "cut_off")
     raise CorruptRecordError(f"{where} differs from its checksum")
 
 

@@ -13,6 +13,7 @@ import functools
 import io
 import logging
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Generator
@@ -36,6 +37,14 @@ _TIMEOUT = 60
 """Seconds without an answer after which a remote read has failed."""
 _CHUNK = 8 << 20
 """Bytes that are cached together."""
+_PIECE_NAME = re.compile(r"\.?[0-9a-f]{32}-\d+(\.tmp)?")
+"""Of the cache's own files, also half-written ones; whatever else lies in its folder is not its to count or delete."""
+_LEDGER_NAME = ".evaclip-cache"
+"""The cache's lock and how many bytes it holds. Not ``.lock``: that is a run directory's, perhaps the same folder."""
+_DIGITS = 20
+"""Of the number in the ledger, which is written in place."""
+_ROOM = 100
+"""The share of the cache that is freed at once: one in so many pieces, or each new one would need all to be counted."""
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Answers that a second try does not change."""
 
@@ -91,7 +100,8 @@ def _persistent(location: str, read: Callable[[], T], faults: type[Exception]) -
         except DataError:
             raise
         except _FINAL as error:
-            what = error.strerror or "it does not exist"
+            unsaid = "permission denied" if isinstance(error, PermissionError) else "it does not exist"
+            what = error.strerror or unsaid  # fsspec's libraries often give no reason
             raise NotThereError(f"{location} cannot be read ({what}); check the path and its permissions") from error
         except faults as error:
             if wait is None:
@@ -198,50 +208,91 @@ def _file_system(location: str) -> Any:
 
 
 class Cache(NamedTuple):
-    """A folder that keeps pieces of remote files, the least recently used of which go first."""
+    """A folder that keeps pieces of remote files, the least recently used of which go first.
+
+    Other files may lie in it, such as indexes or shards: they stay, and do not count.
+    """
 
     folder: Path
     most_bytes: int
 
-    def get(self, file: File, number: int, *, fresh: bool) -> bytes:
-        """The ``number``-th piece of a file, out of the folder if it is there and need not be ``fresh``."""
+    def get(self, file: File, number: int, start: int, stop: int, *, fresh: bool) -> bytes:
+        """A range of the ``number``-th piece of a file, out of the folder if it is there and need not be ``fresh``.
+
+        A folder that cannot be written costs speed alone, and a warning.
+        """
         path = self._path(file, number)
+        length = min(_CHUNK, file.size - number * _CHUNK)
         if not fresh:
-            with contextlib.suppress(OSError):
-                data = path.read_bytes()
-                os.utime(path)
-                return data
-        data = file.read(number * _CHUNK, _CHUNK)
+            with contextlib.suppress(OSError), path.open("rb", buffering=0) as kept:
+                if os.fstat(kept.fileno()).st_size == length:  # a power loss may have cut it off
+                    os.utime(kept.fileno())
+                    return os.pread(kept.fileno(), stop - start, start)
+        data = file.read(number * _CHUNK, length)
         try:
             self._keep(path, data)
         except OSError as error:
-            raise DataError(f"{path} cannot be written ({error.strerror}); check data.cache_dir") from error
-        return data
+            _warn_once(f"{self.folder} cannot keep pieces of shards ({error.strerror}); check data.cache_dir")
+        return data[start:stop]
 
     def _path(self, file: File, number: int) -> Path:
         return self.folder / f"{xxhash.xxh3_128_hexdigest(f'{file.size} {file.location}'.encode())}-{number}"
 
     def _keep(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            entries = [(entry.stat(), entry.path) for entry in os.scandir(self.folder) if entry.name != ".lock"]
-            excess = sum(stat.st_size for stat, _ in entries) + len(data) - self.most_bytes
-            for stat, old in sorted(entries, key=lambda entry: entry[0].st_mtime):
-                if excess <= 0:
-                    break
-                Path(old).unlink(missing_ok=True)
-                excess -= stat.st_size
-            if excess <= 0:
-                temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")
+        with self._locked() as ledger:
+            if not self._take_room(ledger, len(data)):
+                return
+            try:
                 temporary.write_bytes(data)
                 temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _take_room(self, ledger: int, wanted: int) -> bool:
+        """Whether there is room for some bytes, which then are taken.
+
+        The ledger holds the bytes of all processes' pieces, or more: what is replaced, fails or is deleted by others
+        stays in it until they are counted, when it reaches the bound. (A power loss may cost it the last few.)
+        """
+        text = os.pread(ledger, _DIGITS, 0)
+        total = int(text) if len(text) == _DIGITS and text.isdigit() else self.most_bytes
+        if total + wanted > self.most_bytes:
+            total = self._make_room(wanted)
+        if total + wanted > self.most_bytes:
+            return False
+        os.pwrite(ledger, b"%0*d" % (_DIGITS, total + wanted), 0)
+        return True
+
+    def _make_room(self, wanted: int) -> int:
+        """Count the pieces and delete the oldest ones where there is no room; returns the bytes of those that stay."""
+        with os.scandir(self.folder) as entries:
+            pieces = [(entry.stat(), entry.path) for entry in entries if _PIECE_NAME.fullmatch(entry.name)]
+        total = sum(stat.st_size for stat, _ in pieces)
+        if total + wanted > self.most_bytes:
+            most = self.most_bytes - self.most_bytes // _ROOM - wanted
+            for stat, old in sorted(pieces, key=lambda piece: piece[0].st_mtime):
+                if total <= most:
+                    break
+                Path(old).unlink(missing_ok=True)
+                total -= stat.st_size
+        return total
 
     @contextmanager
-    def _locked(self) -> Generator[None]:
-        """Only one process of this machine adds at a time, so the bound holds."""
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _locked(self) -> Generator[int]:
+        """Only one process of this machine adds at a time, so the bound holds; gives the ledger's descriptor."""
+        descriptor = os.open(self.folder / _LEDGER_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 @dataclass
@@ -256,9 +307,11 @@ class _CachedFile:
 
     def read(self, start: int, length: int, *, fresh: bool = False) -> bytes:
         stop = min(start + length, self.size)
-        first, last = start // _CHUNK, -(-stop // _CHUNK)
-        data = b"".join(self.cache.get(self.file, number, fresh=fresh) for number in range(first, last))
-        return data[start - first * _CHUNK : stop - first * _CHUNK]
+        if start >= stop:
+            return b""
+        numbers = range(start // _CHUNK, -(-stop // _CHUNK))
+        spans = [(number, max(start - number * _CHUNK, 0), min(stop - number * _CHUNK, _CHUNK)) for number in numbers]
+        return b"".join(self.cache.get(self.file, *span, fresh=fresh) for span in spans)
 
     def close(self) -> None:
         self.file.close()

@@ -64,6 +64,20 @@ def test_records_behind_the_end_of_a_file_that_was_cut_off_are_bad(tar):
     assert caught.value.reason == "cut_off"
 
 
+def test_a_short_answer_is_asked_for_again_before_the_file_counts_as_cut_off(tar):
+    shard, asked = Shard(tar), []
+
+    class Short:
+        location, size = str(tar), tar.stat().st_size
+
+        def read(self, start, length, *, fresh=False):
+            asked.append(fresh)
+            return tar.read_bytes()[start:][: length if fresh else length - 1]
+
+    assert shards.read_record(Short(), shard.index, 3) == shard.read(3)
+    assert asked == [False, True]
+
+
 def test_a_record_of_too_many_bytes_is_bad_before_it_is_read(tar, monkeypatch):
     monkeypatch.setattr(shards, "_MOST_BYTES", 3000)
     assert Shard(tar).read(1).key == "000000001"

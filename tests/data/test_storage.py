@@ -75,6 +75,16 @@ def test_what_is_not_there_is_not_waited_for(tmp_path, server):
     assert time.monotonic() - start < 5
 
 
+def test_a_refusal_without_a_reason_is_not_called_missing(monkeypatch):
+    class Refusing:
+        def info(self, location):
+            raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(storage, "_file_system_of", lambda *_: Refusing())
+    with pytest.raises(NotThereError, match=r"s3://b/0\.tar cannot be read \(permission denied\); check the path and"):
+        open_file("s3://b/0.tar")
+
+
 def test_remote_ranges_are_asked_for_and_nothing_else(server):
     file = open_file(f"{server.url}/file")
     assert file.size == len(CONTENT)
@@ -147,11 +157,11 @@ def small_chunks(monkeypatch):
 
 
 def size_of(folder):
-    """Bytes in a folder from which another process may take files meanwhile."""
+    """Bytes of the pieces in a folder from which another process may take files meanwhile."""
     total = 0
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
+            total += path.stat().st_size if path.name != ".evaclip-cache" else 0
     return total
 
 
@@ -180,6 +190,49 @@ def test_what_was_used_last_stays(server, tmp_path, small_chunks):
     assert server.ranges == [(n * 1000, n * 1000 + 1000) for n in range(5)]
 
 
+def test_what_else_lies_in_the_caches_folder_stays_and_does_not_count(server, tmp_path, small_chunks):
+    folder = tmp_path / "cache"
+    (folder / "shards").mkdir(parents=True)
+    others = [
+        folder / "00000.tar",
+        folder / "0123456789abcdef-00000.tar.index.safetensors",
+        folder / "shards" / "00001.tar",
+        folder / ".lock",
+    ]
+    for path in others:
+        path.write_bytes(bytes(5000))
+        os.utime(path, (0, 0))
+    file = open_file(f"{server.url}/file", Cache(folder, 3000))
+    for number in (*range(5), 4, 3, 2):
+        file.read(number * 1000, 10)
+    assert server.ranges == [(n * 1000, n * 1000 + 1000) for n in range(5)]
+    assert [path.stat().st_size for path in others] == [5000] * 4
+
+
+def test_what_a_killed_process_left_half_written_goes_first(server, tmp_path, small_chunks):
+    cache = Cache(tmp_path / "cache", 3000)
+    file = open_file(f"{server.url}/file", cache)
+    file.read(0, 10)
+    (piece,) = cache.folder.glob("*-0")
+    half = piece.rename(cache.folder / f".{piece.name}.tmp")
+    file.read(1000, 3000)
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("length", [0, 999, 1001])
+def test_a_piece_of_another_length_is_read_again(server, tmp_path, small_chunks, length):
+    cache = Cache(tmp_path / "cache", 1 << 30)
+    last = len(CONTENT) // 1000
+    for _ in range(2):
+        assert open_file(f"{server.url}/file", cache).read(0, len(CONTENT)) == CONTENT
+    assert len(server.ranges) == last + 1
+    for number in (1, last):
+        (piece,) = cache.folder.glob(f"*-{number}")
+        piece.write_bytes(bytes(length))
+    assert open_file(f"{server.url}/file", cache).read(0, len(CONTENT)) == CONTENT
+    assert server.ranges[last + 1 :] == [(1000, 2000), (last * 1000, len(CONTENT))]
+
+
 def _read_some(url, folder, start):
     storage._CHUNK = 1000
     file = open_file(f"{url}/file", Cache(folder, 10_000))
@@ -200,10 +253,60 @@ def test_processes_share_a_cache_and_its_bound(server, tmp_path):
     assert size_of(tmp_path / "cache") <= 10_000
 
 
-def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
+def test_only_the_range_is_read_out_of_a_piece(server, tmp_path, small_chunks, monkeypatch):
+    file = open_file(f"{server.url}/file", Cache(tmp_path / "cache", 1 << 30))
+    file.read(0, 4000)
+    lengths, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *arguments: lengths.append(arguments[1]) or pread(*arguments))
+    assert file.read(1990, 30) == CONTENT[1990:2020]
+    assert lengths == [10, 20]
+    assert file.read(len(CONTENT) + 5, 30) == b""
+
+
+def test_pieces_are_counted_only_where_the_bound_may_be_reached(server, tmp_path, small_chunks, monkeypatch):
+    scans, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scandir(path))
+    cache = Cache(tmp_path / "cache", 60_000)
+    monkeypatch.setattr(storage, "_ROOM", 6)
+    file = open_file(f"{server.url}/file", cache)
+    file.read(0, 60_000)
+    assert len(scans) == 1  # nobody knew what the folder held
+    file.read(60_000, 40_000)
+    assert len(scans) == 1 + 4  # one in eleven: one piece and a sixth of the bound are made room for
+    assert size_of(cache.folder) <= 60_000
+
+
+def test_a_ledger_that_says_nothing_or_too_much_is_mended_by_counting(server, tmp_path, small_chunks):
+    cache = Cache(tmp_path / "cache", 5500)
+    file = open_file(f"{server.url}/file", cache)
+    for number, text in enumerate(["", "half", "9" * 20, "\0" * 20, "0" * 19 + "x"]):
+        file.read(number * 1000, 10)
+        (cache.folder / ".evaclip-cache").write_text(text)
+    file.read(0, 5000)
+    assert server.ranges == [(n * 1000, n * 1000 + 1000) for n in range(5)]
+    file.read(5000, 2000)
+    assert size_of(cache.folder) == 5000
+
+
+def test_bytes_are_served_where_the_cache_cannot_be_written(server, tmp_path, small_chunks, caplog):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match=r"cache/\w+-0 cannot be written \(File exists\); check data.cache_dir"):
-        open_file(f"{server.url}/file", Cache(tmp_path / "cache", 1 << 20)).read(0, 10)
+    file = open_file(f"{server.url}/file", Cache(tmp_path / "cache", 1 << 20))
+    assert file.read(500, 3000) == CONTENT[500:3500]
+    assert caplog.messages == [
+        f"{tmp_path}/cache cannot keep pieces of shards (File exists); check data.cache_dir"
+    ]  # once, for four pieces
+
+
+def test_a_full_disk_leaves_no_half_piece(server, tmp_path, small_chunks, monkeypatch, caplog):
+    def full(path, data):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    file = open_file(f"{server.url}/file", Cache(tmp_path / "cache", 1 << 20))
+    assert file.read(0, 10) == CONTENT[:10]
+    assert "(No space left on device); check data.cache_dir" in caplog.text
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".evaclip-cache"]
 
 
 # ------------------------------------------------------------------------------------------------------ remote shards
@@ -233,7 +336,7 @@ def test_a_damaged_piece_in_the_cache_is_read_again(shard, server, tmp_path):
     cache = Cache(tmp_path / "cache", 1 << 20)
     shard_set = ShardSet([location], None, [Shard(location).index.digest], cache)
     before = shard_set.read(0, 3)
-    (piece,) = [path for path in cache.folder.iterdir() if path.name != ".lock"]
+    (piece,) = cache.folder.glob("*-0")
     piece.write_bytes(bytes(piece.stat().st_size))
     assert shard_set.read(0, 3) == before
     content = bytearray(shard.read_bytes())

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import pickle
 import re
+from concurrent.futures import wait
 from pathlib import Path
 
 import index_shards
@@ -255,6 +257,28 @@ def test_rebuild_notices_other_content_of_the_same_size(tmp_path):
     assert index_shards.main([str(path), "--rebuild"]) == 0
     assert Shard(path).index.digest != before
     assert Shard(path).read(0).members == {"txt": b"new"}
+
+
+def test_indexes_stay_in_the_workers_and_few_shards_wait_at_a_time(tmp_path, monkeypatch):
+    paths = [str(path) for path in shards_without_index(tmp_path, 30)]
+    waiting = []
+    monkeypatch.setattr(
+        index_shards, "wait", lambda some, **options: waiting.append(len(some)) or wait(some, **options)
+    )
+    found = list(index_shards.index_all(paths, None, rebuild=False, processes=1))
+    assert sorted(each.location for each in found) == paths
+    assert max(waiting) == 4
+    assert {len(pickle.dumps(each)) < 1000 for each in found} == {True}
+
+
+def test_rebuild_of_urls_needs_a_local_folder_for_the_indexes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert index_shards.main(["s3://bucket/{0..1}.tar", "--rebuild", "--processes", "1"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: s3://bucket/{n}.tar.index.safetensors cannot be written there; set --index-dir to a local folder"
+        for n in range(2)
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_shards_are_refused(tmp_path, capsys):
