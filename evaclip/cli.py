@@ -1,4 +1,4 @@
-"""The command line: ``evaclip train | evaluate | config``."""
+"""The command line: ``evaclip train | evaluate | config | models``."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and predictions there")
     evaluate.set_defaults(run=_evaluate)
+
+    models = commands.add_parser("models", help="list the named models, their size and their cost", parents=[shared])
+    models.add_argument("name", metavar="NAME", nargs="?", help="only this one, or other tools' name of it")
+    models.add_argument("--ranks", type=_positive, default=8, help="over which ZeRO shards (default: %(default)s)")
+    models.add_argument("--token-drop", type=_share, default=0.5, help="of patches in training (default: %(default)s)")
+    models.set_defaults(run=_models)
     return parser
 
 
@@ -76,6 +82,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not an integer above 0")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return value
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -87,6 +103,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     print(config_file.dump(config_file.load(options.config, options.overrides)), end="")
+
+
+def _models(options: argparse.Namespace) -> None:
+    from evaclip.listing import listing  # noqa: PLC0415  as above
+
+    print(listing(options.name, ranks=options.ranks, token_drop=options.token_drop))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

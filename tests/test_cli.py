@@ -209,3 +209,26 @@ def test_options_of_a_dataset_need_a_dataset(config, fails, capsys, tmp_path, co
     assert "0 is not an integer above 0" in capsys.readouterr().err
     cli.main(["evaluate", run, "--limit", "20"])
     assert re.search(r"^held +20 +loss", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_models_are_listed_with_size_and_cost(capsys):
+    cli.main(["models", "--ranks", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split()[0]: line.split() for line in lines if line.startswith(("EVA", "ViT"))}
+    assert cells["EVA-CLIP-18B"][1:5] == ["17630.5", "695.0", "224", "257"]
+    assert cells["EVA02-CLIP-L-14-336"][4] == "577"
+    torch_gib, *zero = map(float, cells["EVA02-CLIP-bigE-14"][7:])
+    # fp32 weights, their copies, gradients, moments: 4 + 2 + 4 + 8 bytes
+    assert torch_gib == pytest.approx(18 * 4_704_589_568 / 2**30, abs=0.1)
+    assert torch_gib > zero[0] > zero[1] > zero[2]
+    assert not any(name.startswith("tiny") for name in cells)
+
+
+def test_one_model_is_listed_under_any_of_its_names(capsys):
+    cli.main(["models", "eva02_large_patch14_clip_224", "--token-drop", "0"])
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[0] == "EVA02-CLIP-L-14"
+    assert row[5] == row[6], "nothing is dropped"
+    with pytest.raises(SystemExit):
+        cli.main(["models", "nothing"])
+    assert "no model is named 'nothing'" in capsys.readouterr().err

@@ -23,7 +23,7 @@ LAYERS = [
     {"models", "loss", "optim", "data", "meter"},
     {"accumulation", "anomalies", "distributed", "engine", "memory", "trial"},
     {"changes", "checkpoint", "checkpoint_writer", "lock", "preemption", "progress", "tracking", "sources", "weights"},
-    {"api", "run", "accounting", "train", "evaluation", "cli", "__main__"},
+    {"api", "run", "accounting", "train", "evaluation", "listing", "cli", "__main__"},
 ]
 ONLY_IN = {
     "deepspeed": {"engine.deepspeed_engine"},

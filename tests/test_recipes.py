@@ -1,0 +1,69 @@
+"""Recipes of published models say what was published; the other recipes are valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaclip import config_file
+from evaclip.config import RunConfig
+from evaclip.models.registry import PRESETS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FOLDERS = ("LAION2B", "LAION400M", "COYO", "CC12M", "PAIRS", "WEIGHTS", "IMAGENET")
+
+# Model, global batch, samples, rate and layer decay of image and text tower, dropped patches, precision, ZeRO stage.
+# From EVA-CLIP's README (launch scripts and model card); 8B and 18B from arXiv:2402.04252, Tables 12 and 13.
+PUBLISHED = {
+    "eva01_g14": ("EVA01-CLIP-g-14", 40_960, 11e9, (4e-4, 0.85), (4e-5, 0.75), 0.0, "fp16", 1),
+    "eva01_g14_plus": ("EVA01-CLIP-g-14-plus", 114_688, 11e9, (4e-4, 0.85), (4e-5, 0.75), 0.5, "fp16", 1),
+    "eva02_b16": ("EVA02-CLIP-B-16", 131_072, 8e9, (2e-4, 0.75), (2e-5, 0.75), 0.0, "fp16", 1),
+    "eva02_l14": ("EVA02-CLIP-L-14", 131_072, 4e9, (4e-4, 0.85), (4e-5, 0.75), 0.0, "fp16", 1),
+    "eva02_l14_336": ("EVA02-CLIP-L-14-336", 61_440, 2e9, (4e-4, 0.75), (4e-5, 0.65), 0.0, "fp16", 1),
+    "eva02_e14": ("EVA02-CLIP-bigE-14", 115_200, 4e9, (4e-4, 0.9), (4e-5, 0.75), 0.5, "fp16", 1),
+    "eva02_e14_plus": ("EVA02-CLIP-bigE-14-plus", 144_000, 9e9, (4e-4, 0.9), (4e-5, 0.75), 0.5, "bf16", 1),
+    "eva_clip_8b": ("EVA-CLIP-8B", 178_176, 9e9, (4e-4, 0.9), (4e-5, 0.75), 0.5, "bf16", 3),
+    "eva_clip_8b_448": ("EVA-CLIP-8B-plus", 24_576, 0.8e9, (2e-4, 0.85), (2e-5, 0.75), 0.0, "bf16", 3),
+    "eva_clip_18b": ("EVA-CLIP-18B", 108_000, 5.4e9, (4e-4, 0.9), (4e-5, 0.75), 0.5, "bf16", 3),
+}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    for name in FOLDERS:
+        monkeypatch.setenv(name, f"/{name.lower()}")
+    return lambda name: config_file.load(CONFIGS / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_of_published_models_have_the_published_numbers(load, name):
+    model, batch, samples, image, text, drop, precision, stage = PUBLISHED[name]
+    run: RunConfig = load(name)
+    assert (run.model.name, run.train.global_batch, run.train.precision) == (model, batch, precision)
+    assert run.train.steps * batch == pytest.approx(samples, rel=1e-4)
+    assert (run.optim.image.lr, run.optim.image.layer_decay) == image
+    assert (run.optim.text.lr, run.optim.text.layer_decay) == text
+    assert (run.model.image.token_drop, run.engine.zero_stage, run.schedule.warmup_steps) == (drop, stage, 2000)
+    billions = "8b" in name.lower()
+    assert (run.optim.betas, run.optim.eps) == (((0.9, 0.95), 1e-6) if billions else ((0.9, 0.999), 1e-8))
+    assert (run.optim.weight_decay, run.optim.clip_norm) == ((0.0, None) if billions else (0.05, 5.0))
+    assert run.loss.learn_logit_scale != billions
+    assert run.init.image or run.init.model
+
+
+def test_every_published_model_with_a_recipe_has_one_here():
+    models = {name for name in PRESETS if name.startswith("EVA")} - {"EVA01-CLIP-B-16"}  # whose run was not published
+    assert models == {values[0] for values in PUBLISHED.values()}
+
+
+def test_all_recipes_are_valid_and_named_as_their_run(load):
+    for path in CONFIGS.glob("*.yaml"):
+        assert Path(load(path.stem).run_dir).name == path.stem
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_of_published_models_name_source_and_deviations(name):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert "# Source: " in text
+    assert "# Deviations from the published run:\n# - " in text
