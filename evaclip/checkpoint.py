@@ -144,7 +144,11 @@ def to_delete(
 
 
 def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
-    """Apply the retention rule to a folder of checkpoints, of which ``current`` was just written."""
+    """Apply the retention rule to a folder of checkpoints, of which ``current`` was just written.
+
+    Raises:
+        CheckpointError: The storage refuses to read one, which may be the best; nothing is deleted.
+    """
     found = {int(path.name[5:]): path for path in complete(folder)}
     scores = [(step, _score(path, config.keep_best)) for step, path in found.items()]
     for step in to_delete(scores, config, current):
@@ -157,12 +161,12 @@ def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
 
 
 def _score(path: Path, metric: str | None) -> float | None:
-    """Value of a metric; None for a damaged checkpoint too."""
+    """Value of a metric; None for a damaged checkpoint too, but not for one that cannot be read now."""
     if metric is None:
         return None
     try:
         return _read_meta(path).get("metrics", {}).get(metric)
-    except CheckpointError:
+    except DamagedError:
         return None
 
 

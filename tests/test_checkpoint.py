@@ -124,6 +124,20 @@ def test_a_damaged_old_checkpoint_does_not_stop_retention(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
 
 
+def test_nothing_is_deleted_while_the_best_cannot_be_read(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_RETRY_SECONDS", ())
+    monkeypatch.setattr(checkpoint, "_read_text", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.delete_old(tmp_path, CheckpointConfig(keep_last=1, keep_best="eval/x/top1"), 3)
+    assert len(list(tmp_path.glob("step_*"))) == 3
+
+
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path):
     write(tmp_path, 1)
     for name in (".step_00000002.tmp", ".step_00000000.deleted"):
