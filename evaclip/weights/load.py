@@ -157,7 +157,7 @@ def load_tower(
         report.renamed += sum(ours not in keys for ours in rule.ours)
         joined = _joined([rule.to_ours(own[key]) for key in keys])
         for name, value in zip(rule.ours, _split(joined, [parameters[name] for name in rule.ours]), strict=True):
-            fitted = _fitted(name, value, parameters[name])
+            fitted = _fitted(tower, name, value, parameters[name])
             if fitted is None and alone and name.startswith("head."):
                 report.unused.extend(keys)  # the head of another task
                 missing.append(name)
@@ -236,11 +236,11 @@ def _split(joined: Tensor, parameters: list[Tensor]) -> Iterable[Tensor]:
     return joined.chunk(len(parameters))
 
 
-def _fitted(name: str, value: Tensor, parameter: Tensor) -> Tensor | None:
+def _fitted(tower: TowerName, name: str, value: Tensor, parameter: Tensor) -> Tensor | None:
     """A tensor in a parameter's shape: as it is, resampled as timm does for another grid or patch size, or None."""
     if value.shape == parameter.shape:
         return value
-    if value.ndim != 2 or parameter.ndim != 2:
+    if tower != "image" or value.ndim != 2 or parameter.ndim != 2:
         return None
     if name == "position_embedding" and value.shape[1] == parameter.shape[1]:
         old, new = (_side(len(tensor) - 1) for tensor in (value, parameter))

@@ -204,6 +204,14 @@ def test_other_grids_and_patches_are_resampled_as_timm_does() -> None:
     assert torch.equal(model.image.patch_embed.weight, patches.flatten(1))
 
 
+def test_a_text_tower_of_another_context_is_refused_and_not_resampled() -> None:
+    config = ModelConfig.model_validate({"name": "tiny-ViT", "text": {"context_length": 17}})
+    longer = ModelConfig.model_validate({"name": "tiny-ViT", "text": {"context_length": 65}})
+    tensors = {f"text.{name}": value for name, value in create_model(longer).text.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"position_embedding \[65, 32\] where position_embedding needs \[17, 32\]"):
+        load_tower(create_model(config).text, "text", tensors, "peer", alone=False)
+
+
 @pytest.mark.parametrize("kind", ["EVA01", "EVA02", "E", "8B", "18B", "ViT"])
 @pytest.mark.parametrize("layout", ["eva", "timm", "openai", "hf"])
 def test_every_rule_read_backwards_and_forwards_gives_the_same_bits(kind: str, layout: Any) -> None:
