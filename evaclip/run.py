@@ -28,7 +28,7 @@ from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.readers import OpenedSource
 from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
-from evaclip.errors import CheckpointError, ConfigError, DataError, writing
+from evaclip.errors import CheckpointError, ConfigError, DataError, WeightsError, writing
 from evaclip.lock import lock
 from evaclip.logs import log_setup
 from evaclip.loss import ContrastiveLoss
@@ -164,6 +164,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     _require_exact_accumulation(config, ranks, pieces)
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
+    if not reader:
+        _require_initial(config, ranks)
     changed = changes.refuse_changes(reader.config, config, reader.path, slots=reader.state.slots) if reader else {}
     sources = open_sources(config, ranks)
     if reader:
@@ -265,12 +267,29 @@ def _load_weights(reader: checkpoint.CheckpointReader, clip: CLIP, loss: Contras
             parameter.copy_(values.view(parameter.shape))
 
 
+def _require_initial(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse a wrong path before shards are indexed for hours."""
+    with agreed(ranks):
+        for path in (config.init.image, config.init.text, config.init.model):
+            if path and not Path(path).exists():
+                raise WeightsError(f"init: {path} does not exist")
+
+
 def _load_initial(config: RunConfig, clip: CLIP, loss: ContrastiveLoss, ranks: Ranks) -> None:
     """Fill a new run's towers from other people's weights, and tell the log about every key."""
     with agreed(ranks):
-        for report in initialise_from(config.init, clip, loss):
+        for report in initialise_from(config.init, clip, loss, config.loss.max_logit_scale):
             for line in report.lines() if ranks.is_main else ():
                 log.info("initial weights: %s", line)
+    with agreed(ranks):
+        if len(set(ranks.gather_objects(_signature(clip)))) > 1:
+            raise WeightsError("the ranks read different initial weights; give a path that all nodes see, at rest")
+
+
+def _signature(model: torch.nn.Module) -> int:
+    """A number that models with other bits hardly share."""
+    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
+    return hash(tuple(torch.stack(sums).tolist()))
 
 
 def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:

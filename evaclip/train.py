@@ -110,7 +110,7 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         if run.step % config.log.every_steps == 0 or last:
             report.publish(run, factor)
         due = config.eval.datasets and (last or run.step % (config.eval.every_steps or steps) == 0)
-        if due and asked:  # whoever asks may not wait for minutes before all is saved
+        if due and asked and not last:  # whoever asks may not wait for minutes before all is saved
             log.info("asked to stop: the evaluation at step %d is left out; evaclip evaluate does it", run.step)
         elif due:
             try:

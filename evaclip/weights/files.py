@@ -22,10 +22,21 @@ from torch import Tensor
 from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.errors import WeightsError
 
-_WRAPPERS = ("model", "module", "state_dict")
-"""Keys under which tools keep the state dict; open_clip's, EVA's, DeepSpeed's and timm's."""
-_NAMES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+_WRAPPERS = ("model", "module", "state_dict", "model_ema", "state_dict_ema")
+"""Keys under which tools keep the state dict; EVA's, DeepSpeed's, open_clip's and timm's. Averages come last."""
+_PREFIXES = ("module.", "_orig_mod.")
+"""Of data-parallel wrappers and of compiled modules."""
+_NAMES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    *("model.safetensors", "pytorch_model.bin"),
+)
 """Of weights in a folder, the first that is there."""
+SAFE_COPY = (
+    "import torch; c = torch.load('{}', weights_only=False, map_location='cpu'); "
+    "c = next((c[k] for k in ('model', 'module', 'state_dict') if k in c), c); "
+    "torch.save({{k: v for k, v in c.items() if torch.is_tensor(v)}}, 'safe.pt')"
+)
+"""What takes the tensors out of a file whose code one trusts."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -57,7 +68,10 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
             return _read_file(path / name)
         index = path / f"{name}.index.json"
         if index.exists():
-            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise WeightsError(f"{index} does not list the parts of the weights; copy it again") from None
             found: dict[str, Any] = {}
             for part in parts:
                 found |= _read_file(path / Path(part).name)
@@ -80,8 +94,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         if "weights_only" in text or "Unsupported" in text:
             raise WeightsError(
                 f"{path} holds more than tensors, and loading that could run its code; where you trust it, make a safe "
-                f"one: python -c \"import torch; c = torch.load('{path.name}', weights_only=False, map_location='cpu')"
-                f"; torch.save(c.get('module', c), 'safe.pt')\""
+                f'one: python -c "{SAFE_COPY.format(path.name)}"'
             ) from None
         raise WeightsError(f"{path} cannot be read ({text.splitlines()[0]}); is it whole? copy it again") from None
     except OSError as error:
@@ -119,10 +132,10 @@ def _tensors(found: object, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names without ``module.``, as often as data-parallel wrappers have put it there."""
-    while any(name.startswith("module.") for name in tensors):
-        others = [name for name in tensors if not name.startswith("module.")]
+    """Names without what wrappers have put before them, as often as they have."""
+    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), None):
+        others = [name for name in tensors if not name.startswith(prefix)]
         if others:
-            raise WeightsError(f"{path}: some names begin with module., others do not, such as {others[0]}")
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+            raise WeightsError(f"{path}: some names begin with {prefix}, others do not, such as {others[0]}")
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors

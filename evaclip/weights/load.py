@@ -6,12 +6,14 @@ of the checkpoint are used, but for those that have no place in our towers, or n
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import torch
 from timm.layers.patch_embed import resample_patch_embed
@@ -49,6 +51,7 @@ _NO_PLACE = re.compile(
     r"|^mask_token$|^lm_head\."  # of masked image modelling
     r"|(^|\.)position_ids$|^attn_mask$"
     r"|^(input_resolution|context_length|vocab_size)$"
+    r"|^logit_(scale|bias)$"  # the loss's
 )
 """Tensors that a checkpoint may hold beside a tower's."""
 _NO_PLACE_IF_ZERO = re.compile(r"(^|\.)k_bias$|(^|\.)k_proj\.bias$|^head\.bias$")
@@ -58,6 +61,10 @@ _MAY_LACK: dict[TowerName, re.Pattern[str]] = {
     "text": re.compile(r"^projection$"),
 }
 """Parameters that the checkpoint of a single tower may lack: MIM has no head, and EVA-02's has no inner norm."""
+
+
+_SECTIONS = {"image": "vision", "text": "text"}
+"""Our towers in the configuration of transformers."""
 
 
 @dataclass
@@ -74,13 +81,15 @@ class Report:
     """Ours that the checkpoint does not hold."""
     unused: list[str] = field(default_factory=list)
     """Theirs that have no place here."""
+    keys: list[str] = field(default_factory=list)
+    """All of theirs that were looked at, as the checkpoint has them."""
 
     def lines(self) -> list[str]:
         """For the log."""
         total = self.loaded + len(self.initialised)
         lines = [
-            f"{self.tower}: {self.loaded} of {total} parameters from {self.source} (names of {self.layout}), "
-            f"{self.renamed} under other names"
+            f"{self.tower}: {self.loaded} of {total} parameters from {self.source}, {self.renamed} under other names "
+            f"(as of {self.layout})"
         ]
         for what, names in (
             ("resized", self.resized),
@@ -92,13 +101,14 @@ class Report:
         return lines
 
 
-def initialise_from(config: InitConfig, clip: CLIP, loss: ContrastiveLoss) -> list[Report]:
+def initialise_from(config: InitConfig, clip: CLIP, loss: ContrastiveLoss, max_scale: float) -> list[Report]:
     """Fill a model from what ``init`` names; without it nothing happens.
 
     Args:
         config: Files and formats.
         clip: Both towers, with random weights that stay where a checkpoint has none.
-        loss: Its scalars are filled where a whole model is given.
+        loss: Its scalars are filled where a whole model is given, unless they are fixed.
+        max_scale: Upper bound of the logits' multiplier.
 
     Raises:
         WeightsError: A file cannot be read, or does not hold what the model needs.
@@ -112,9 +122,14 @@ def initialise_from(config: InitConfig, clip: CLIP, loss: ContrastiveLoss) -> li
         reports.append(load_tower(clip.text, "text", tensors, config.text, wanted, alone=True))
     if config.model:
         tensors, wanted = read_weights(config.model), config.model_format
+        _require_activation(Path(config.model), clip)
         reports.append(load_tower(clip.image, "image", tensors, config.model, wanted, alone=False))
         reports.append(load_tower(clip.text, "text", tensors, config.model, wanted, alone=False))
-        reports.append(_load_scalars(loss, tensors, config.model))
+        reports.append(_load_scalars(loss, max_scale, tensors, config.model))
+        seen = set(chain.from_iterable(report.keys for report in reports))
+        left = [key for key in tensors if key not in seen and not _NO_PLACE.search(key)]
+        if left:
+            raise WeightsError(f"{config.model} holds {len(left)} tensors that belong to no tower: {_some(left)}")
     return reports
 
 
@@ -143,7 +158,7 @@ def load_tower(
     parameters = dict(module.named_parameters())
     prefix, layout, table = _place(tower, parameters, tensors, source, wanted)
     own = _tensors_of(tower, prefix, layout, tensors)
-    report = Report(tower, source, layout)
+    report = Report(tower, source, layout, keys=[prefix + key for key in own])
     values: dict[str, Tensor] = {}
     missing: list[str] = []
     wrong: list[str] = []
@@ -158,21 +173,22 @@ def load_tower(
         joined = _joined([rule.to_ours(own[key]) for key in keys])
         for name, value in zip(rule.ours, _split(joined, [parameters[name] for name in rule.ours]), strict=True):
             fitted = _fitted(tower, name, value, parameters[name])
-            if fitted is None and alone and name.startswith("head."):
-                report.unused.extend(keys)  # the head of another task
+            if fitted is None and alone and name.startswith(("head.", "projection")):
+                report.unused.extend(keys)  # the way into another space
                 missing.append(name)
             elif fitted is None:
                 found = " + ".join(f"{key} {list(own[key].shape)}" for key in keys)
                 wrong.append(f"{found} where {name} needs {list(parameters[name].shape)}")
             else:
                 values[name] = fitted
-                if fitted.shape != value.shape or fitted is not value:
+                if fitted is not value:
                     report.resized.append(f"{name} from {list(value.shape)}")
     report.loaded = len(values)
     report.initialised = [name for name in missing if alone and _MAY_LACK[tower].match(name)]
     missing = [name for name in missing if name not in report.initialised]
     others = {key: value for key, value in own.items() if key not in used and key not in report.unused}
-    left = [key for key, value in others.items() if not _may_stay(key, value, alone=alone)]
+    other_head = alone and "head.weight" not in values
+    left = [key for key, value in others.items() if not _may_stay(key, value, other_head=other_head)]
     report.unused += [key for key in others if key not in left]
     norms = [name for name in report.initialised if ".attn.norm." in name]
     if 0 < len(norms) < sum(".attn.norm." in name for name in parameters):
@@ -259,9 +275,9 @@ def _side(area: float) -> int | None:
     return side if side and side**2 == area else None
 
 
-def _may_stay(key: str, value: Tensor, *, alone: bool) -> bool:
+def _may_stay(key: str, value: Tensor, *, other_head: bool) -> bool:
     """Whether a tensor without a place changes nothing, or belongs to another task."""
-    if _NO_PLACE.search(key) or (alone and key.startswith("head.")):
+    if _NO_PLACE.search(key) or (other_head and key.startswith("head.")):
         return True
     return bool(_NO_PLACE_IF_ZERO.search(key)) and not value.any()
 
@@ -295,17 +311,42 @@ def _require_finite(values: Mapping[str, Tensor], source: str) -> None:
             raise WeightsError(f"{source}: {name} holds infinities or NaN; the file is damaged")
 
 
-def _load_scalars(loss: ContrastiveLoss, tensors: Mapping[str, Tensor], source: str) -> Report:
-    report = Report("loss", source, "ours")
+def _load_scalars(loss: ContrastiveLoss, max_scale: float, tensors: Mapping[str, Tensor], source: str) -> Report:
+    """Fill the loss's scalars; those that the configuration fixes keep its value, and only a bias may be missing."""
+    report = Report("loss", source, "ours", keys=["logit_scale", "logit_bias"])
     for name, parameter in loss.named_parameters():
         value = tensors.get(name)
-        if value is None or value.numel() != 1 or not value.isfinite().all():
+        if value is None and name == "logit_bias":
             report.initialised.append(name)
-            continue
-        with torch.no_grad():
-            parameter.copy_(value.reshape(parameter.shape))
-        report.loaded += 1
+        elif value is None or value.numel() != 1 or not value.isfinite().all():
+            found = "is not there" if value is None else f"is {value.tolist()}, not one finite number"
+            raise WeightsError(f"{source}: {name} {found}; is it a whole CLIP model?")
+        elif not parameter.requires_grad:
+            report.unused.append(f"{name} (fixed by the configuration)")
+        else:
+            bound = math.log(max_scale) if name == "logit_scale" else math.inf
+            with torch.no_grad():
+                parameter.copy_(value.reshape(parameter.shape)).clamp_(max=bound)
+            report.loaded += 1
     return report
+
+
+def _require_activation(path: Path, clip: CLIP) -> None:
+    """Refuse a model of transformers that was trained with another activation, which its tensors do not show."""
+    try:
+        saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        wanted = {
+            name: saved[f"{section}_config"].get("hidden_act", "quick_gelu") for name, section in _SECTIONS.items()
+        }
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # no folder of transformers
+    for name, activation in wanted.items():
+        ours = getattr(clip.config, name).mlp
+        if activation != ours:
+            raise WeightsError(
+                f"{path} was trained with {activation} in its {name} tower, this model has {ours}; "
+                f"set model.{name}.mlp={activation} (models that end in -quickgelu have it)"
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def same(found: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.module."])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path, wrapper: str, prefix: str, legacy: bool) -> None:
     content = {wrapper: {prefix + name: value for name, value in TENSORS.items()}, "epoch": 3, "optimizer": {"lr": 1.0}}
@@ -44,9 +46,13 @@ def test_safetensors_alone_in_folders_and_in_parts(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
-    torch.save({"module": TENSORS, "args": argparse.Namespace(lr=1)}, tmp_path / "deepspeed.pt")
-    with pytest.raises(WeightsError, match=r"holds more than tensors.*weights_only=False"):
-        read_weights(tmp_path / "deepspeed.pt")
+    for wrapper in ("module", "model"):
+        torch.save({wrapper: TENSORS, "args": argparse.Namespace(lr=1)}, tmp_path / "deepspeed.pt")
+        with pytest.raises(WeightsError, match=r"holds more than tensors.*weights_only=False") as caught:
+            read_weights(tmp_path / "deepspeed.pt")
+        advice = str(caught.value).partition('python -c "')[2].removesuffix('"')
+        subprocess.run([sys.executable, "-c", advice], cwd=tmp_path, check=True)
+        assert same(read_weights(tmp_path / "safe.pt"))
     with warnings.catch_warnings(action="ignore"):  # deprecated, but people have such files
         torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
     with pytest.raises(WeightsError, match=r"TorchScript archive.*torch\.jit\.load\('ViT-B-32\.pt'"):

@@ -36,7 +36,7 @@ def test_a_fork_has_the_other_runs_weights_and_its_own_seed_and_learning_rate(tm
     train(tiny_config(tmp_path / "fork", seed=9, init__model=str(trained), **STILL))
     assert all(same(value, weights(trained)[name]) for name, value in weights(tmp_path / "fork").items())
     told = (tmp_path / "fork" / "log.txt").read_text()
-    assert f"initial weights: image: 42 of 42 parameters from {trained} (names of ours)" in told
+    assert f"initial weights: image: 42 of 42 parameters from {trained}, 0 under other names (as of ours)" in told
     assert "initial weights: loss: 1 of 1 parameters" in told
 
 
@@ -63,6 +63,12 @@ def test_a_continued_run_does_not_look_at_the_file(tmp_path: Path, trained: Path
     shutil.rmtree(source)
     train(tiny_config(tmp_path / "fork", init__model=str(source), **{**STILL, "train__steps": 3}))
     assert CheckpointReader(find_checkpoint(tmp_path / "fork")).state.step == 3
+
+
+def test_a_wrong_path_is_told_before_shards_are_looked_at(tmp_path: Path) -> None:
+    source = {"shards": str(tmp_path / "none.tar")}
+    with pytest.raises(WeightsError, match=r"init: .*nowhere\.pt does not exist"):
+        train(tiny_config(tmp_path / "fork", source, init__image=str(tmp_path / "nowhere.pt")))
 
 
 def test_another_model_and_contradictions_are_refused(tmp_path: Path, trained: Path) -> None:
