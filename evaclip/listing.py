@@ -44,7 +44,7 @@ def listing(name: str | None, *, ranks: int, token_drop: float) -> str:
             f"GFLOPs: forward and backward of a sample with {_CAPTION:.0f} caption tokens, in full and with "
             f"{token_drop:.0%} of the patches dropped.",
             f"torch, ZeRO-1, -2, -3: GiB of weights, gradients and moments on each of {ranks} ranks under bf16",
-            "autocast, without activations.",
+            "autocast, with its 16-bit copies and DeepSpeed's buffers (1 to 6 GiB), without activations.",
         ]
     )
 

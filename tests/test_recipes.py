@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaclip import config_file
-from evaclip.config import RunConfig
+from evaclip.config import RunConfig, TextTowerConfig
+from evaclip.data.order import choose_slots
+from evaclip.models.clip import CLIP
 from evaclip.models.registry import PRESETS
+from evaclip.models.text import TextTower
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDERS = ("LAION2B", "LAION400M", "COYO", "CC12M", "PAIRS", "WEIGHTS", "IMAGENET")
 
 # Model, global batch, samples, rate and layer decay of image and text tower, dropped patches, precision, ZeRO stage.
-# From EVA-CLIP's README (launch scripts and model card); 8B and 18B from arXiv:2402.04252, Tables 12 and 13.
+# From EVA-CLIP's README (launch scripts and model card; rates and decays of eva01_g14 are those of eva01_g14_plus, for
+# want of a script); 8B and 18B from arXiv:2402.04252, Tables 12 and 13.
 PUBLISHED = {
     "eva01_g14": ("EVA01-CLIP-g-14", 40_960, 11e9, (4e-4, 0.85), (4e-5, 0.75), 0.0, "fp16", 1),
     "eva01_g14_plus": ("EVA01-CLIP-g-14-plus", 114_688, 11e9, (4e-4, 0.85), (4e-5, 0.75), 0.5, "fp16", 1),
@@ -60,6 +65,41 @@ def test_every_published_model_with_a_recipe_has_one_here():
 def test_all_recipes_are_valid_and_named_as_their_run(load):
     for path in CONFIGS.glob("*.yaml"):
         assert Path(load(path.stem).run_dir).name == path.stem
+
+
+GPUS = {"eva01_g14": 256, "eva01_g14_plus": 112, "eva02_b16": 64, "eva02_l14": 128, "eva02_l14_336": 128}
+GPUS |= {"eva02_e14": 144, "eva02_e14_plus": 144, "eva_clip_8b": 384, "eva_clip_8b_448": 384, "eva_clip_18b": 360}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_run_on_as_many_gpus_as_the_published_runs(load, name):
+    run: RunConfig = load(name)
+    batch, gpus = run.train.global_batch, GPUS[name]
+    assert choose_slots(batch, gpus, run.data.slots) % gpus == 0
+    assert batch == gpus * run.train.micro_batch
+
+
+# Width and feature channels of the text towers that recipes name, as their publishers give them.
+TEXT_TOWERS = {
+    "clip-vit-base-patch16": (512, 12, 512),
+    "clip-vit-large-patch14": (768, 12, 768),
+    "CLIP-ViT-H-14-laion2B": (1024, 24, 1024),
+    "CLIP-ViT-bigG-14-laion2B": (1280, 32, 1280),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ("eva02_l14_336", "eva_clip_8b_448")])
+def test_initial_text_towers_fit_and_projections_are_drawn_anew_where_the_recipe_says_so(load, name):
+    run: RunConfig = load(name)
+    width, depth, features = TEXT_TOWERS[Path(str(run.init.text)).name]
+    shape = {"width": width, "depth": depth, "heads": width // 64, "mlp_width": 4 * width}
+    with torch.device("meta"):
+        source, target = TextTower(TextTowerConfig.model_validate(shape), features), CLIP(run.model).text
+    shapes = [{key: value.shape for key, value in tower.state_dict().items()} for tower in (source, target)]
+    assert shapes[0].keys() == shapes[1].keys()
+    differing = [key for key in shapes[0] if shapes[0][key] != shapes[1][key]]
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert differing == (["projection"] if "projection is drawn anew" in text else [])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
