@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -67,6 +68,16 @@ def test_aliases_name_models_that_their_origin_has_too() -> None:
         with torch.device("meta"):
             peer = timm.create_model(alias, num_classes=tower.head.out_features)
         assert size_below_head(tower) == size_below_head(peer), alias
+
+
+def test_names_of_open_clip_lead_to_towers_of_the_same_shape() -> None:
+    names = [alias for alias in ALIASES if "patch" not in alias]
+    assert len(names) == 7
+    for name in names:
+        theirs, ours = open_clip.get_model_config(name), ModelConfig(name=name)
+        text = theirs["text_cfg"]
+        assert (theirs["embed_dim"], theirs["vision_cfg"]["image_size"]) == (ours.embed_dim, ours.image.image_size)
+        assert (text["width"], text["layers"], text["heads"]) == (ours.text.width, ours.text.depth, ours.text.heads)
 
 
 def size_below_head(tower: nn.Module) -> int:
