@@ -98,7 +98,7 @@ class Accounting:
             "step": run.step,
             "source": source,
             "shard": shard,
-            "record": f"{source} {record.name}",
+            "record": record.name,
             "pass": record.pass_number,
             "reason": record.reason,
         }

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,7 +52,8 @@ class History:
             self._end = end
         self._sealed = self.last_step
         if torn := path.stat().st_size - self._end:
-            _log.warning("%s: cut %d bytes that are no row, from offset %d", path, torn, self._end)
+            kept = f" and what follows; {self._keep_old()}" if self._lines_behind_the_end() > 1 else ""
+            _log.warning("%s: cut %d bytes that are no row%s, from offset %d", path, torn, kept, self._end)
             self._cut(len(self._steps), self._end)
 
     @property
@@ -100,7 +102,9 @@ class History:
         """Cut the rows after ``step``, the restored one; the rest is final. -1 cuts everything."""
         keep = bisect_right(self._steps, step)
         if keep < len(self._steps):
-            _log.info("%s: cut %d rows after step %d", self.path, len(self._steps) - keep, max(step, 0))
+            kept = f"; {self._keep_old()}" if keep == 0 else ""  # perhaps the checkpoints are missing by mistake
+            level = logging.WARNING if kept else logging.INFO
+            _log.log(level, "%s: cut %d rows after step %d%s", self.path, len(self._steps) - keep, max(step, 0), kept)
             self._cut(keep, self._offsets[keep])
         self._sealed = step
 
@@ -131,6 +135,17 @@ class History:
                 f"cannot write to {self.path}: {error.strerror}; free some space, then continue"
             ) from error
         self._end = start + len(line)
+
+    def _lines_behind_the_end(self) -> int:
+        with self.path.open("rb") as file:
+            file.seek(self._end)
+            return sum(1 for _ in file)
+
+    def _keep_old(self) -> str:
+        """Copy the file as it is, once; what is said of it."""
+        old = self.path.with_name(f"{self.path.name}.old")
+        shutil.copyfile(self.path, old)
+        return f"the file as it was is {old.name}"
 
     def _cut(self, num_rows: int, end: int) -> None:
         self._file.truncate(end)

@@ -30,7 +30,7 @@ def listing(name: str | None, *, ranks: int, token_drop: float) -> str:
     Raises:
         ConfigError: No model has this name.
     """
-    names = [name] if name else [preset for preset in PRESETS if not preset.startswith("tiny")]
+    names = [name] if name is not None else [preset for preset in PRESETS if not preset.startswith("tiny")]
     heading = ["model", "image M", "text M", "pixels", "tokens", "GFLOPs", f"-{token_drop:.0%}", *_STAGES]
     rows = [heading, *(_row(each, ranks, token_drop) for each in names)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

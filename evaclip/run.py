@@ -232,7 +232,7 @@ def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader 
             found = checkpoint.set_aside(folder)
     path, damaged = ranks.from_main(found)
     if damaged and path is None:
-        raise CheckpointError(f"no checkpoint of {config.run_dir} is intact: {damaged[0]}; use a new run_dir")
+        raise CheckpointError(f"no checkpoint of {config.run_dir} is intact: {'; '.join(damaged)}; use a new run_dir")
     for text in damaged:
         log.warning("damaged checkpoint set aside: %s", text)
     return checkpoint.CheckpointReader(path) if path else None
@@ -244,7 +244,8 @@ def _require_same_data(reader: checkpoint.CheckpointReader, sources: Mapping[str
         if saved != source.digest:
             raise CheckpointError(
                 f"source {name} holds other records than when {reader.path} was written (index digest {source.digest}, "
-                f"saved {saved}); restore the shards, or use a new run_dir"
+                f"saved {saved}); restore the shards, or their indexes by tools/index_shards.py --rebuild, or use "
+                f"a new run_dir"
             )
 
 

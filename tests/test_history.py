@@ -168,3 +168,24 @@ def test_a_full_disk_is_one_clear_error(path):
         history.write(20, 160, {"train/loss": 1.0})
     history.close()
     assert steps_of(path) == [10]
+
+
+def test_rows_behind_a_damaged_one_and_rows_without_a_checkpoint_are_kept_aside(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    history = History(path)
+    for step in (1, 2, 3):
+        history.write(step, step, {"train/loss": 1.0})
+    history.close()
+    whole = path.read_bytes()
+    damaged = whole.replace(b'{"step": 2', b'{"step"')
+    path.write_bytes(damaged)
+    History(path).close()
+    assert (tmp_path / "metrics.jsonl.old").read_bytes() == damaged
+    assert "no row and what follows; the file as it was is metrics.jsonl.old" in caplog.text
+    path.write_bytes(whole)
+    history = History(path)
+    history.truncate(-1)
+    history.close()
+    assert path.read_bytes() == b""
+    assert (tmp_path / "metrics.jsonl.old").read_bytes() == whole
+    assert "cut 3 rows after step 0; the file as it was is metrics.jsonl.old" in caplog.text

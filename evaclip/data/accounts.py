@@ -91,5 +91,6 @@ def require_few_bad(accounts: Mapping[str, SourceAccount], most: float, worst: C
             raise DataError(
                 f"source {name}: {bad} of {taken} records cannot be used ({entry.reasons}), more than "
                 f"data.max_bad_fraction {most}; the worst shard is {worst(name)}; mend the shards "
-                f"(bad_records.jsonl names the records) or raise the limit"
+                f"(bad_records.jsonl names the records), rebuild their indexes if those are of other shards "
+                f"(tools/index_shards.py --rebuild), or raise the limit"
             )

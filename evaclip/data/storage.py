@@ -99,19 +99,31 @@ def _persistent(location: str, read: Callable[[], T], faults: type[Exception]) -
             return read()
         except DataError:
             raise
-        except _FINAL as error:
-            unsaid = "permission denied" if isinstance(error, PermissionError) else "it does not exist"
-            what = error.strerror or unsaid  # fsspec's libraries often give no reason
-            raise NotThereError(f"{location} cannot be read ({what}); check the path and its permissions") from error
         except faults as error:
+            cause = _cause(error)
+            if isinstance(cause, _FINAL):
+                unsaid = "permission denied" if isinstance(cause, PermissionError) else "it does not exist"
+                what = cause.strerror or unsaid  # fsspec's libraries often give no reason
+                raise NotThereError(
+                    f"{location} cannot be read ({what}); check the path and its permissions"
+                ) from error
             if wait is None:
                 raise DataError(
-                    f"{location} cannot be read ({_text(error)}), tried {len(_WAITS) + 1} times in "
+                    f"{location} cannot be read ({_text(cause)}), tried {len(_WAITS) + 1} times in "
                     f"{time.monotonic() - began:.0f} s; mend the storage and start the run again"
                 ) from error
-            log.warning("%s cannot be read (%s), next try in %g s", location, _text(error), wait)
+            log.warning("%s cannot be read (%s), next try in %g s", location, _text(cause), wait)
             time.sleep(wait)
     raise AssertionError("the last try answers or raises")
+
+
+def _cause(error: Exception) -> Exception:
+    """What is behind an answer: fsspec calls an object missing whose server did not answer at all."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    refused = getattr(cause, "status", 0)
+    return error if isinstance(cause, _FINAL) or refused in {403, 404, 410} else cause
 
 
 def _text(error: Exception) -> str:

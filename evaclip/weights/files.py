@@ -33,6 +33,7 @@ _NAMES = (
 """Of weights in a folder, the first that is there."""
 SAFE_COPY = (
     "import torch; c = torch.load('{}', weights_only=False, map_location='cpu'); "
+    "c = c.state_dict() if hasattr(c, 'state_dict') else c; "
     "c = next((c[k] for k in ('model', 'module', 'state_dict') if k in c), c); "
     "torch.save({{k: v for k, v in c.items() if torch.is_tensor(v)}}, 'safe.pt')"
 )

@@ -219,10 +219,11 @@ def _place(
             best = found, prefix, layout, table
     if best is None or best[0] < len(best[3]) / 2:
         as_format = f" in format {wanted}" if wanted else ""
-        example = f"{best[1]}{best[3][0].theirs[0][0]}" if best and best[3][0].theirs else "other names"
+        wanted_keys = [best[1] + key for rule in best[3] for key in chain(*rule.theirs[:1])] if best else []
+        example = next((key for key in wanted_keys if key not in tensors), "of another kind")
         raise WeightsError(
             f"{source} does not hold this {tower} tower{as_format}: {best[0] if best else 0} of {len(parameters)} "
-            f"parameters have their names there; it begins with {_some(list(tensors))}, wanted is {example}"
+            f"parameters have their names there; it begins with {_some(list(tensors))}, not there is {example}"
         )
     return best[1], best[2], best[3]
 

@@ -75,6 +75,14 @@ def test_what_is_not_there_is_not_waited_for(tmp_path, server):
     assert time.monotonic() - start < 5
 
 
+def test_a_server_that_is_down_is_waited_for_and_not_called_empty(server, no_waiting):
+    server.server_close()
+    server.shutdown()
+    with pytest.raises(DataError, match=r"cannot be read \(.*(refused|[Cc]onnect).*\), tried 4 times") as caught:
+        open_file(f"{server.url}/bytes")
+    assert not isinstance(caught.value, NotThereError)
+
+
 def test_a_refusal_without_a_reason_is_not_called_missing(monkeypatch):
     class Refusing:
         def info(self, location):

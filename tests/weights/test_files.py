@@ -46,13 +46,15 @@ def test_safetensors_alone_in_folders_and_in_parts(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
-    for wrapper in ("module", "model"):
-        torch.save({wrapper: TENSORS, "args": argparse.Namespace(lr=1)}, tmp_path / "deepspeed.pt")
+    unsafe = [{wrapper: TENSORS, "args": argparse.Namespace(lr=1)} for wrapper in ("module", "model")]
+    for content in (*unsafe, nn.ParameterDict({"norm": TENSORS["norm.weight"]})):
+        torch.save(content, tmp_path / "deepspeed.pt")
         with pytest.raises(WeightsError, match=r"holds more than tensors.*weights_only=False") as caught:
             read_weights(tmp_path / "deepspeed.pt")
         advice = str(caught.value).partition('python -c "')[2].removesuffix('"')
         subprocess.run([sys.executable, "-c", advice], cwd=tmp_path, check=True)
-        assert same(read_weights(tmp_path / "safe.pt"))
+        found = read_weights(tmp_path / "safe.pt")
+        assert found.keys() == {"norm"} if isinstance(content, nn.Module) else same(found)
     with warnings.catch_warnings(action="ignore"):  # deprecated, but people have such files
         torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
     with pytest.raises(WeightsError, match=r"TorchScript archive.*torch\.jit\.load\('ViT-B-32\.pt'"):
