@@ -34,10 +34,12 @@ class Found(NamedTuple):
     num_records: int
     tar_size: int
     problems: tuple[str, ...]
+    seconds: float
 
 
 def index_one(location: str, index_dir: str | None, *, rebuild: bool) -> Found | str:
     """Index a shard, where that is missing or always; what was found in it, or why it cannot be indexed."""
+    start = time.monotonic()
     try:
         index = _rebuilt_index(location, index_dir) if rebuild else ensure_index(location, index_dir)
     except (DataError, OSError) as error:
@@ -45,7 +47,7 @@ def index_one(location: str, index_dir: str | None, *, rebuild: bool) -> Found |
     problems = [f"{location}: {gap.what} at byte {gap.start:,}; restore it" for gap in index.gaps]
     if index.damage and not problems:
         problems = [f"{location}: {index.damage}; remove it from the shards"]
-    return Found(location, index.num_records, index.tar_size, tuple(problems))
+    return Found(location, index.num_records, index.tar_size, tuple(problems), time.monotonic() - start)
 
 
 def _rebuilt_index(location: str, index_dir: str | None) -> ShardIndex:
@@ -99,18 +101,18 @@ def main(argv: list[str]) -> int:
     if not shards:
         print("this task of the array has no shards")
         return 0
-    total, size, problems = 0, 0, []
+    total, size, busy, problems = 0, 0, 0.0, []
     for found in index_all(shards, arguments.index_dir, rebuild=arguments.rebuild, processes=arguments.processes):
         if isinstance(found, str):
             problems.append(found)
             continue
-        total, size = total + found.num_records, size + found.tar_size
+        total, size, busy = total + found.num_records, size + found.tar_size, busy + found.seconds
         print(f"{found.location}: {found.num_records:,} records", flush=True)
         problems += found.problems
     seconds = time.monotonic() - start
     print(
         f"{total:,} records in {len(shards):,} shards, {size / 1e9:.1f} GB, {seconds:.1f} s; "
-        f"{_MANY:,} such shards: {_MANY / len(shards) * seconds / 3600:.1f} h on this machine"
+        f"{_MANY:,} such shards: {_MANY / len(shards) * busy / arguments.processes / 3600:.1f} h on this machine"
     )
     print("".join(f"error: {problem}\n" for problem in sorted(problems)), end="", file=sys.stderr)
     return 1 if problems else 0
