@@ -279,11 +279,11 @@ def _require_initial(config: RunConfig, ranks: Ranks) -> None:
 def _load_initial(config: RunConfig, clip: CLIP, loss: ContrastiveLoss, ranks: Ranks) -> None:
     """Fill a new run's towers from other people's weights, and tell the log about every key."""
     with agreed(ranks):
-        for report in initialise_from(config.init, clip, loss, config.loss.max_logit_scale):
-            for line in report.lines() if ranks.is_main else ():
-                log.info("initial weights: %s", line)
+        reports = initialise_from(config.init, clip, loss, config.loss.max_logit_scale)
+        for line in chain.from_iterable(report.lines() for report in reports) if ranks.is_main else ():
+            log.info("initial weights: %s", line)
     with agreed(ranks):
-        if len(set(ranks.gather_objects(_signature(clip)))) > 1:
+        if reports and len(set(ranks.gather_objects(_signature(clip)))) > 1:
             raise WeightsError("the ranks read different initial weights; give a path that all nodes see, at rest")
 
 

@@ -7,7 +7,6 @@ of the checkpoint are used, but for those that have no place in our towers, or n
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -26,8 +25,6 @@ from evaclip.loss import ContrastiveLoss
 from evaclip.models.clip import CLIP
 from evaclip.weights.files import read_weights
 from evaclip.weights.names import Layout, Rule, TowerName, rules
-
-log = logging.getLogger(__name__)
 
 _SHOWN = 5
 """Names that a message lists."""
@@ -61,7 +58,6 @@ _MAY_LACK: dict[TowerName, re.Pattern[str]] = {
     "text": re.compile(r"^projection$"),
 }
 """Parameters that the checkpoint of a single tower may lack: MIM has no head, and EVA-02's has no inner norm."""
-
 
 _SECTIONS = {"image": "vision", "text": "text"}
 """Our towers in the configuration of transformers."""

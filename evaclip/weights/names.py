@@ -23,7 +23,7 @@ class Rule(NamedTuple):
     ours: tuple[str, ...]
     """Joined along the first dimension, they equal ..."""
     theirs: tuple[tuple[str, ...], ...]
-    """... these, joined too: the first alternative that is there, and the first of all when writing. None: unknown."""
+    """... these, joined too: the first alternative that is there, and the first of all when writing. Empty: unknown."""
     transposed: bool = False
     """Theirs is the transpose of ours."""
     added: int = 0

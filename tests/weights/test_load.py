@@ -274,11 +274,11 @@ def test_a_text_tower_of_another_context_is_refused_and_not_resampled() -> None:
 
 
 @pytest.mark.parametrize("kind", ["EVA01", "EVA02", "E", "8B", "18B", "ViT"])
-@pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("layout", ["eva", "timm", "openai", "hf"])
+@pytest.mark.parametrize(
+    ("tower", "layout"),
+    [*(("image", layout) for layout in ("eva", "timm", "openai", "hf")), ("text", "openai"), ("text", "hf")],
+)
 def test_every_rule_read_backwards_and_forwards_gives_the_same_bits(kind: str, layout: Any, tower: Any) -> None:
-    if tower == "text" and layout in ("eva", "timm"):
-        return  # they have no text towers of their own
     parameters = dict(tiny(kind).get_submodule(tower).named_parameters())
     table = rules(tower, layout, parameters)
     assert sorted(name for rule in table for name in rule.ours) == sorted(parameters)
