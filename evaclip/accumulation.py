@@ -3,8 +3,8 @@
 A contrastive loss is not a sum over samples, so its gradient is taken in two passes (GradCache, arXiv:2101.06983): the
 features of all micro-batches without graph, one loss on all of them, then a second forward of each micro-batch whose
 features are multiplied with their part of the loss's gradient. Both passes see the same dropped patches and paths,
-because these are drawn from the samples' seeds. It costs one more forward, 4/3 of the time, and memory does not grow
-with the number of micro-batches but for features and uint8 images.
+because these are drawn from the samples' seeds. It costs one more forward, 4/3 of the time, but none of a tower that is
+frozen whole; memory does not grow with the number of micro-batches but for features and uint8 images.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def forward_backward(engine: Engine, loss: ContrastiveLoss, micro_batches: Seque
         cached = [engine.forward(batch, last=False) for batch in micro_batches]
     output = loss(torch.cat([f.image for f in cached]), torch.cat([f.text for f in cached]), ranks)
     start = 0
-    for number, batch in enumerate(micro_batches, 1):
-        features = engine.forward(batch, last=number == len(micro_batches))
+    for number, (batch, known) in enumerate(zip(micro_batches, cached, strict=True), 1):
+        features = engine.forward(batch, last=number == len(micro_batches), known=known)
         rows = slice(start, start + len(batch.images))
         engine.backward(output.surrogate(features.image, features.text, rows))
         start = rows.stop

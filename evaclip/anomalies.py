@@ -2,7 +2,8 @@
 
 Notes are taken on the device and cost a few small kernels; they are read when metrics are published, and only then does
 anything wait. A sample with a feature that is not finite is to blame for its step. Where all features are finite, the
-samples of a micro-batch are whose backward reached the towers' position embeddings with a gradient that was not.
+samples of a micro-batch are whose backward reached the towers' position embeddings, or the lowest layer that learns
+where there are none or they are frozen, with a gradient that was not.
 
 Running values begin anew when a run continues: they decide nothing but what the log says.
 """
@@ -10,17 +11,23 @@ Running values begin anew when a run continues: they decide nothing but what the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from evaclip.models.text import TextTower
+from evaclip.models.vision import ImageTower
+from evaclip.optim.table import layer_of
 
 if TYPE_CHECKING:
     from evaclip.data.batch import Batch, Place
     from evaclip.distributed import Ranks
     from evaclip.loss import LossOutput
     from evaclip.models.clip import CLIP
+    from evaclip.models.text import TextTower
+    from evaclip.models.vision import ImageTower
     from evaclip.optim.base import TableOptimizer
 
 _MEMORY = 100
@@ -68,8 +75,7 @@ class Anomalies:
         self._optimizer = optimizer
         self._notes: list[_Note] = []
         self._gradients: list[Tensor] = []
-        embeddings = [clip.image.position_embedding, clip.text.position_embedding]
-        for parameter in [p for p in embeddings if p.requires_grad]:
+        for parameter in _lowest(clip):
             parameter.register_hook(lambda grad: self._gradients.append(grad.isfinite().all()))
         numbers = 1 + len(optimizer.rows)  # loss, then update RMS by row
         device = optimizer.loss.device
@@ -120,6 +126,20 @@ class Anomalies:
             numbers = float(note.loss), float(note.grad_norm)
             steps.append(SkippedStep(note.step, *numbers, cause, by_cause.get(cause, [])))
         return steps
+
+
+def _lowest(clip: CLIP) -> Iterator[Tensor]:
+    """Of each tower that learns, the parameter that backward reaches last."""
+    for tower in (clip.image, clip.text):
+        learning = {name: p for name, p in tower.named_parameters() if p.requires_grad}
+        if isinstance(tower, ImageTower | TextTower):
+            layers = {name: layer_of(name, len(tower.blocks)) for name in learning}
+        else:
+            layers = tower.layers().of or {}
+        if "position_embedding" in learning:
+            yield learning["position_embedding"]
+        elif learning:
+            yield learning[min(learning, key=lambda name, layers=layers: layers.get(name, 0))]
 
 
 def _to_blame(note: _Note) -> tuple[list[Place], list[Place]]:

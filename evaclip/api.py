@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,15 +14,14 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.config import LossConfig, ModelConfig
 from evaclip.data.batch import PackedText
 from evaclip.data.images import eval_crop
 from evaclip.data.tokenizer import Tokenizer
-from evaclip.errors import CheckpointError, ConfigError
-from evaclip.loss import ContrastiveLoss
+from evaclip.errors import ConfigError
 from evaclip.models.clip import CLIP
 from evaclip.models.clip import create_model as _create_towers
+from evaclip.weights.stored import open_model
 
 
 class Clip:
@@ -129,25 +127,11 @@ def create_model(name_or_config: str | ModelConfig, *, seed: int = 0, device: to
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
-    """The model of a run directory's newest intact checkpoint, or of the checkpoint at ``path``.
+    """The model of a run directory's newest intact checkpoint, of the checkpoint at ``path``, or of an export there.
 
     Raises:
         CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
+        WeightsError: The export is not whole, or holds an image tower alone.
     """
-    checkpoint = CheckpointReader(find_checkpoint(path))
-    weights = checkpoint.weights()
-    towers = _create_towers(checkpoint.config.model, device=device)
-    loss = ContrastiveLoss(checkpoint.config.loss, torch.device("cpu"))
-    parameters = dict(chain(towers.named_parameters(), loss.named_parameters()))
-    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint.path} does not hold the model of its configuration: {len(wrong)} parameters differ, such as "
-            f"{wrong[0]} (wanted {wanted.get(wrong[0])}, found {found.get(wrong[0])}); use another checkpoint"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    return Clip(towers, *loss.similarity)
+    stored = open_model(path, device)
+    return Clip(stored.clip, *stored.loss.similarity)

@@ -20,9 +20,11 @@ from evaclip.optim.schedule import learning_rate_factor, learning_rates
 Changes = dict[str, tuple[Any, Any]]
 """Key -> value before and now."""
 
+_FREEZE = ("optim.image.freeze", "optim.text.freeze")
 _FIXED = (
     *("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks"),
     *("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name"),
+    *_FREEZE,
 )
 _MOVABLE = (".shards", "model.name")  # content is compared by digest, names by what they stand for
 
@@ -37,16 +39,18 @@ def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path, *, slots: 
         slots: That the run has, given or chosen.
 
     Raises:
-        ConfigError: Something that makes the model or the data order differs; the message holds the difference.
+        ConfigError: Something that makes the model or the data order differs, or what learns, of which the checkpoint
+            has the moments; the message holds the difference.
     """
     changes = differences(flatten(saved) | _orders(saved), flatten(wanted) | _orders(wanted))
     refused = {key: pair for key, pair in changes.items() if key.startswith(_FIXED) and not key.endswith(_MOVABLE)}
     if wanted.data.slots not in (None, slots):
         refused["data.slots"] = (slots, wanted.data.slots)
     if refused:
-        raise ConfigError(
-            "\n  ".join([f"{origin} was made by another model or data order; use a new run_dir", *lines(refused)])
-        )
+        found = [f"{origin} was made by another model, data order or freezing; use a new run_dir", *lines(refused)]
+        if not refused.keys().isdisjoint(_FREEZE):
+            found.append(f"it holds the optimizer's state of what learnt; init.model={origin} takes its weights alone")
+        raise ConfigError("\n  ".join(found))
     return changes
 
 

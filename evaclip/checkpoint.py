@@ -2,9 +2,9 @@
 
 ``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, the parts' checksums and its own),
 ``config.yaml`` and one safetensors file per rank. An entry of such a file is a run of one parameter's elements,
-``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once, and a
-reader puts together what it needs. This module knows the format, what is wrong with a checkpoint, which ones may go,
-and how to read one; ``checkpoint_writer`` writes them behind the training.
+``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once (of what is
+frozen an equal share, without moments), and a reader puts together what it needs. This module knows the format, what is
+wrong with a checkpoint, which ones may go, and how to read one; ``checkpoint_writer`` writes them behind the training.
 """
 
 # safetensors leaves parts of its interface untyped:
@@ -15,10 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +27,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from evaclip.checkpoint_names import complete, place_aside, step_of
 from evaclip.config import CheckpointConfig
 from evaclip.config_file import validate
 from evaclip.errors import CheckpointError
@@ -118,7 +118,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """xxh3 of a file's bytes, 64 bits."""
     state, block = xxhash.xxh3_64(), bytearray(1 << 22)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -137,10 +138,27 @@ def to_delete(
     keep = {step for step, _ in newest_first[: config.keep_last]} | {current}
     if config.keep_every_steps:
         keep |= {step for step, _ in scores if step % config.keep_every_steps == 0}
-    scored = [(value, step) for step, value in scores if value is not None and math.isfinite(value)]
-    if config.keep_best and scored:
-        keep.add((max(scored) if config.best_is == "max" else min(scored))[1])
+    keep.add(best_step(scores, config))
     return [step for step, _ in sorted(scores) if step not in keep]
+
+
+def best_step(scores: Sequence[tuple[int, float | None]], config: CheckpointConfig) -> int | None:
+    """The step with the best value, given all (step, value of the ``keep_best`` metric); None where none has one."""
+    scored = [(value, step) for step, value in scores if value is not None and math.isfinite(value)]
+    if not (config.keep_best and scored):
+        return None
+    return (max(scored) if config.best_is == "max" else min(scored))[1]
+
+
+def best(folder: Path, config: CheckpointConfig) -> Path | None:
+    """The checkpoint with the best value of the ``keep_best`` metric.
+
+    Raises:
+        CheckpointError: The storage refuses to read one.
+    """
+    found = {int(path.name[5:]): path for path in complete(folder)}
+    step = best_step([(step, _score(path, config.keep_best)) for step, path in found.items()], config)
+    return None if step is None else found[step]
 
 
 def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
@@ -149,7 +167,7 @@ def delete_old(folder: Path, config: CheckpointConfig, current: int) -> None:
     Raises:
         CheckpointError: The storage refuses to read one, which may be the best; nothing is deleted.
     """
-    found = {int(path.name[5:]): path for path in complete(folder)}
+    found = {step: path for path in complete(folder) if (step := step_of(path)) is not None}
     scores = [(step, _score(path, config.keep_best)) for step, path in found.items()]
     for step in to_delete(scores, config, current):
         doomed = folder / f".{found[step].name}.deleted"
@@ -171,15 +189,6 @@ def _score(path: Path, metric: str | None) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-
-
-def complete(folder: Path) -> list[Path]:
-    """Checkpoints that have got their name, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if _is_step(path)), key=lambda path: int(path.name[5:]))
-
-
-def _is_step(path: Path) -> bool:
-    return re.fullmatch(r"step_\d{8,}", path.name) is not None
 
 
 def _read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -207,13 +216,13 @@ def damage(checkpoint: Path) -> str | None:
     """
     try:
         meta = _read_meta(checkpoint)
-        if _is_step(checkpoint) and int(checkpoint.name[5:]) != meta["step"]:
+        if step_of(checkpoint) not in (None, meta["step"]):
             return f"{checkpoint} holds step {meta['step']}: its files are another checkpoint's"
         for name, part in meta["parts"].items():
             path = checkpoint / name
             if (size := _patiently(path, _size)) != part["size"]:
                 return f"{path} has {size} bytes instead of {part['size']}"
-            if _patiently(path, _checksum) != part["xxh3"]:
+            if _patiently(path, file_checksum) != part["xxh3"]:
                 return f"{path} differs from its checksum"
     except (DamagedError, KeyError, TypeError) as error:
         return f"{checkpoint}: {error}"
@@ -238,11 +247,11 @@ def set_aside(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             replaced.rename(path)
     intact, problems = newest_intact(folder)
-    for path in complete(folder) if intact else ():
-        if intact and int(path.name[5:]) > int(intact.name[5:]):
-            aside = folder / f".{path.name}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    for path in reversed(complete(folder)) if intact else ():
+        if path == intact:
+            break
+        shutil.rmtree(place_aside(path), ignore_errors=True)
+        path.rename(place_aside(path))
     return intact, problems
 
 
@@ -318,11 +327,39 @@ class CheckpointReader:
         if filled != entry.values.numel():
             raise CheckpointError(f"{self.path}: {entry.kind} of {entry.name} is incomplete; use an older checkpoint")
 
+    def require_shapes(self, shapes: Mapping[str, list[int]]) -> None:
+        """Refuse a model with other parameters than the checkpoint's, or of other shapes.
+
+        Raises:
+            CheckpointError: Names the first that differ.
+        """
+        saved = self.state.shapes
+        wrong = [
+            f"{name}: {saved.get(name, 'absent')} in the checkpoint, {shapes.get(name, 'absent')} in the model"
+            for name in sorted({*saved, *shapes})
+            if saved.get(name) != shapes.get(name)
+        ]
+        if wrong:
+            raise CheckpointError("\n  ".join([f"{self.path} is of another model; use a new run_dir", *wrong[:5]]))
+
+    def load(self, name: str, parameter: Tensor) -> None:
+        """Set a whole parameter, on any device and in any dtype.
+
+        Raises:
+            CheckpointError: Elements are missing.
+        """
+        parameter.data.copy_(self.weight(name))
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter, fp32.
+
+        Raises:
+            CheckpointError: Elements are missing.
+        """
+        values = torch.empty(self.state.shapes[name], dtype=torch.float32)
+        self.fill(Entry("weight", name, 0, values.view(-1)))
+        return values
+
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name, fp32."""
-        weights: dict[str, Tensor] = {}
-        for name, shape in self.state.shapes.items():
-            flat = torch.empty(shape, dtype=torch.float32)
-            self.fill(Entry("weight", name, 0, flat.view(-1)))
-            weights[name] = flat
-        return weights
+        return {name: self.weight(name) for name in self.state.shapes}

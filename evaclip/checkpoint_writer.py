@@ -14,7 +14,7 @@ So at most one checkpoint is under way, and an older one is touched only after a
 
 What a file system refuses is tried again for three minutes, or for seconds where training waits for it. A checkpoint
 that fails for good is told in the log, and the run goes on to the next one; the final one raises, and so do three in a
-row. Memory: 12 bytes of host memory per parameter, over all ranks.
+row. Memory: 12 bytes of host memory per parameter, 4 per frozen one, over all ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from evaclip.checkpoint import FORMAT, Entry, RunState, complete, delete_old, meta_checksum
+from evaclip.checkpoint import FORMAT, Entry, RunState, delete_old, meta_checksum
+from evaclip.checkpoint_names import complete, step_name
 from evaclip.config import RunConfig
 from evaclip.config_file import dump
 from evaclip.distributed import Ranks, agreed
@@ -115,7 +116,7 @@ class CheckpointWriter:
                 )
         if (waited := time.monotonic() - started) > 1 and self._ranks.is_main:
             log.info("training waited %.0f s until the checkpoint before was written or given up", waited)
-        path = self._folder / f"step_{state.step:08d}"
+        path = self._folder / step_name(state.step)
         temporary = self._folder / f".{path.name}.{self._start}.tmp"
         header = self._staging.fill(entries)
         self._failed_part = None
@@ -266,7 +267,7 @@ class CheckpointWriter:
         write_flushed(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
         for word in temporary.glob("part_*.json"):
             word.unlink()
-        _flush(temporary)
+        flush(temporary)
         replaced = path.with_name(f".{path.name}.replaced")
         if path.exists():  # a run that was cut back may write a step again
             shutil.rmtree(replaced, ignore_errors=True)
@@ -385,19 +386,19 @@ def _read_word(part: Path) -> dict[str, Any] | None:
 
 def _point_to(path: Path) -> None:
     """Make a checkpoint's name last, and write it into ``latest``."""
-    _flush(path.parent)
+    flush(path.parent)
     write_flushed(path.with_name(".latest.tmp"), path.name + "\n")
     path.with_name(".latest.tmp").replace(path.with_name("latest"))
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_flushed(path: Path, text: str) -> None:
     """Write a small file and force it to the disk."""
     path.write_text(text, encoding="utf-8")
-    _flush(path)
+    flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

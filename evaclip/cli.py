@@ -1,10 +1,12 @@
-"""The command line: ``evaclip train | evaluate | config | models``."""
+"""The command line: ``evaclip train | launch | preflight | status | plot | evaluate | export | config | models``."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,15 +15,32 @@ from typing import Any
 
 from evaclip import config_file
 from evaclip.config import EvalConfig
-from evaclip.errors import ConfigError, EvaclipError, TrainingStoppedError
+from evaclip.errors import ConfigError, EvaclipError, RunLockedError, TrainingStoppedError
 from evaclip.logs import log_error
-
-_STOPPED = 75  # EX_TEMPFAIL: interrupted, saved, to be continued
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; an ``EvaclipError`` is printed without a stack trace and ends with a non-zero code."""
-    options = _parser().parse_args(arguments)
+    try:
+        try:
+            _run(_parser().parse_args(arguments))
+        finally:
+            sys.stdout.flush()  # at the interpreter's end nothing could be done about a pipe that is closed
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone, as that of ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(options: argparse.Namespace) -> None:
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -34,27 +53,92 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if rank == "0" or not (error.on_all_ranks or isinstance(error, TrainingStoppedError)):
             print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
         sys.stderr.flush()
-        sys.exit(_STOPPED if isinstance(error, TrainingStoppedError) and error.can_continue else 1)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: EvaclipError) -> int:
+    """What a launcher has to know: whether the same command continues, would fail again, or may be tried again."""
+    if isinstance(error, TrainingStoppedError):
+        return os.EX_TEMPFAIL if error.can_continue else os.EX_CONFIG
+    return os.EX_CONFIG if isinstance(error, ConfigError) and not isinstance(error, RunLockedError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-    shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("evaclip", description="Train CLIP encoders that start from MIM weights.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_training(commands, shared)
+    _add_watching(commands, shared)
+    _add_models(commands, shared)
+    return parser
 
+
+def _add_training(commands: Any, shared: argparse.ArgumentParser) -> None:
     options = "every option, to be set in CONFIG or as section.key=value:\n\n" + config_file.help_text()
     train = commands.add_parser(
-        "train", help="train, or continue the run in run_dir", epilog=options, formatter_class=shape, parents=[shared]
+        "train",
+        help="train, or continue the run in run_dir",
+        epilog=options,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
     )
     show = commands.add_parser("config", help="print the resolved configuration", parents=[shared])
-    for command in (train, show):
+    launch = commands.add_parser("launch", help="train on a cluster: what launch/slurm.sh runs", parents=[shared])
+    preflight = commands.add_parser("preflight", help="check the nodes that a launcher started", parents=[shared])
+    for command in (train, show, launch, preflight):
         command.add_argument("config", metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", help="options that override the file")
     train.set_defaults(run=_train)
     show.set_defaults(run=_show)
+    launch.add_argument("--local", type=_positive, metavar="RANKS", help="so many ranks on this machine, no SLURM")
+    launch.add_argument("--only-preflight", action="store_true", help="check the nodes, and start nothing else")
+    launch.add_argument("--dry-run", action="store_true", help="say what would be started, and start nothing")
+    launch.add_argument("--new-code", action="store_true", help="after a requeue, too, run the code as it is then")
+    launch.set_defaults(run=_launch)
+    preflight.set_defaults(run=_preflight)
 
+
+def _add_watching(commands: Any, shared: argparse.ArgumentParser) -> None:
+    status = commands.add_parser(
+        "status", help="how a run is, from its files alone; needs no GPU and no torch", parents=[shared]
+    )
+    status.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run directory")
+    status.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=_seconds,
+        nargs="?",
+        const=5.0,
+        help="show it again every SECONDS (default: 5) until the run has ended; Ctrl-C leaves with code 0",
+    )
+    status.add_argument("--json", action="store_true", help="one JSON object, whose keys docs/watching.md names")
+    status.set_defaults(run=_status)
+
+    plot = commands.add_parser("plot", help="draw the curves of runs into a PNG", parents=[shared])
+    plot.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="run directories, one colour each")
+    plot.add_argument(
+        "--metric",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="only these metrics, a panel each, such as train/loss; default: loss, accuracies, temperature, gradient "
+        "norm, learning rates, speed, data wait, evaluation results",
+    )
+    plot.add_argument(
+        "--by",
+        choices=("step", "samples", "hours"),
+        default="step",
+        help="what runs are compared by (default: %(default)s); hours are those of training: samples over "
+        "samples/s, so that evaluations, checkpoints and down time do not count",
+    )
+    plot.add_argument(
+        "--output", metavar="FILE", type=Path, default=Path("plot.png"), help="PNG to be written (default: %(default)s)"
+    )
+    plot.set_defaults(run=_plot)
+
+
+def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint", parents=[shared])
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
@@ -70,18 +154,40 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and predictions there")
     evaluate.set_defaults(run=_evaluate)
 
+    export = commands.add_parser("export", help="write a model for other tools", parents=[shared])
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, checkpoint, or an export")
+    export.add_argument("out", metavar="OUT", help="folder to be made")
+    export.add_argument(
+        "--format",
+        choices=("open_clip", "timm", "hf", "eva", "safetensors"),
+        default="open_clip",
+        help="whose names and configuration: open_clip; timm and Hugging Face's CLIPModel (hf), as far as they can "
+        "express the model; EVA's own code; our names in safetensors (default: %(default)s)",
+    )
+    export.add_argument("--wandb", action="store_true", help="log it as an artifact of the run's W&B run")
+    export.set_defaults(run=_export)
+
     models = commands.add_parser("models", help="list the named models, their size and their cost", parents=[shared])
     models.add_argument("name", metavar="NAME", nargs="?", help="only this one, or other tools' name of it")
     models.add_argument("--ranks", type=_positive, default=8, help="over which ZeRO shards (default: %(default)s)")
     models.add_argument("--token-drop", type=_share, default=0.5, help="of patches in training (default: %(default)s)")
     models.set_defaults(run=_models)
-    return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not an integer above 0")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0; --watch stands behind RUN_DIR")
+    return value
 
 
 def _share(text: str) -> float:
@@ -101,8 +207,59 @@ def _train(options: argparse.Namespace) -> None:
     train(config)
 
 
+def _launch(options: argparse.Namespace) -> None:
+    from evaclip.cluster.machines import ThisMachine  # noqa: PLC0415  needed by this command alone
+    from evaclip.cluster.slurm import SlurmJob  # noqa: PLC0415
+    from evaclip.cluster.supervisor import plan, supervise  # noqa: PLC0415
+
+    config = config_file.load(options.config, options.overrides)
+    if options.dry_run:
+        in_a_job = "SLURM_JOB_ID" in os.environ
+        print(plan(config, ThisMachine(options.local) if options.local else SlurmJob() if in_a_job else None))
+        return
+    machines = ThisMachine(options.local) if options.local else SlurmJob()
+    sys.exit(supervise(config, machines, renew=options.new_code, only_check=options.only_preflight))
+
+
+def _preflight(options: argparse.Namespace) -> None:
+    config = config_file.load(options.config, options.overrides)
+    from evaclip.preflight import preflight  # noqa: PLC0415  as above
+
+    preflight(config)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from evaclip.status.command import status  # noqa: PLC0415  only here
+
+    try:
+        for shown in status(options.run_dir, watch=options.watch, as_json=options.json):
+            print(shown.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding), flush=True)
+    except KeyboardInterrupt:  # how people leave --watch
+        if options.watch is None:
+            raise
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from evaclip.plot import plot  # noqa: PLC0415  only here
+
+    print(plot(options.run_dirs, options.output, metrics=options.metric, by=options.by))
+
+
 def _show(options: argparse.Namespace) -> None:
     print(config_file.dump(config_file.load(options.config, options.overrides)), end="")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from evaclip.tracking import log_export, run_of  # noqa: PLC0415  as above
+    from evaclip.weights.export import export, usage  # noqa: PLC0415
+
+    if options.wandb:
+        run_of(Path(options.checkpoint))  # refused before anything is written
+    for path in export(options.checkpoint, Path(options.out), options.format):
+        print(f"{path.stat().st_size:15,d}  {path}")
+    print(usage(options.out, options.format))
+    if options.wandb:
+        print(log_export(Path(options.checkpoint), Path(options.out), options.format))
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -151,7 +151,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     for number, part in enumerate(parts):
         before = parts[number - 1] if number else ""
         grandparent = parts[number - 2] if number > 1 else ""
-        if before in ("optim", "engine") or grandparent in ("sources", "datasets"):
+        tower = (grandparent, before) == ("model", "image")
+        if tower or before in ("optim", "engine") or grandparent in ("sources", "datasets"):
             continue
         kept.append(part)
     return ".".join(kept)

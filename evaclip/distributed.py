@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaclip.errors import ConfigError, EvaclipError
+from evaclip.errors import EvaclipError
 
 _TIMEOUT = timedelta(minutes=30)
 """How long a collective may take before the run fails."""
@@ -126,14 +126,14 @@ def started(*, need_group: bool) -> Generator[Ranks]:
         need_group: Make a group even on one rank (DeepSpeed wants one).
 
     Raises:
-        ConfigError: There are more processes than GPUs.
+        EvaclipError: There are more processes than GPUs.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise ConfigError(
+            raise EvaclipError(  # not of the configuration: a GPU may have been lost, and another start may have all
                 f"process {local} of this machine finds no GPU of its own, there are {torch.cuda.device_count()}; "
                 f"start at most one process per GPU"
             )

@@ -21,6 +21,10 @@ class ConfigError(EvaclipError):
     """The configuration is invalid, or does not fit the machine or the run it would continue."""
 
 
+class RunLockedError(ConfigError):
+    """Another process trains in the run directory; it may be about to end."""
+
+
 class DataError(EvaclipError):
     """Shards, captions or evaluation sets that cannot be used."""
 

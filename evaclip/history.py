@@ -46,8 +46,8 @@ class History:
         self._steps = array("q")
         self._offsets = array("q")
         self._end = 0
-        for step, offset, end in _scan(path):
-            self._steps.append(step)
+        for row, offset, end in _scan(path):
+            self._steps.append(row["step"])
             self._offsets.append(offset)
             self._end = end
         self._sealed = self.last_step
@@ -170,8 +170,8 @@ def cut_rows(path: Path, step: int) -> None:
         return
     with path.open("r+b") as file:
         for line in file:
-            found = _step_of(line)
-            if found is None or found > step:
+            row = _row_of(line)
+            if row is None or row["step"] > step:
                 break
             end += len(line)
         file.truncate(end)
@@ -187,31 +187,46 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def load_history(path: Path) -> list[Row]:
     """Return the rows of a ``metrics.jsonl`` without changing it; a torn last line is left out."""
-    with path.open("rb") as file:
-        rows: list[Row] = []
-        for _, offset, end in _scan(path):
-            file.seek(offset)
-            rows.append(json.loads(file.read(end - offset)))
-    return rows
+    return list(read_history(path))
 
 
-def _scan(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield (step, start, end) of each row; stop at a line that is none, or whose step does not ascend."""
+def read_history(path: Path) -> Iterator[Row]:
+    """Yield the same rows one by one, for files that are long."""
+    return (row for row, _, _ in _scan(path))
+
+
+def _scan(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Yield (row, start, end) of each line; stop at one that is no row, or whose step does not ascend."""
     offset, last = 0, -1
     with path.open("rb") as file:
         for line in file:
-            step = _step_of(line)
-            if step is None or step <= last:
+            row = _row_of(line)
+            if row is None or row["step"] <= last:
                 return
-            yield step, offset, offset + len(line)
-            offset, last = offset + len(line), step
+            yield row, offset, offset + len(line)
+            offset, last = offset + len(line), row["step"]
 
 
-def _step_of(line: bytes) -> int | None:
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row that a line of such a file holds; None for one that is torn or damaged."""
     if not line.endswith(b"}\n"):
         return None
     try:
         row = json.loads(line)
-    except ValueError:  # not JSON, or not even text
+    except (ValueError, RecursionError):  # not JSON, or not even text
         return None
-    return row["step"] if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def training_time(rows: Iterable[Mapping[str, float | None]]) -> list[tuple[float, float]]:
+    """(samples, seconds of training that they took), from 0 on, a pair for each row that has a speed.
+
+    Evaluations, checkpoints, and the time between a stop and the next start do not count.
+    """
+    found = [(0.0, 0.0)]
+    for row in rows:
+        samples, speed = row.get("samples"), row.get("speed/samples_per_second")
+        if samples and speed:
+            before, seconds = found[-1]
+            found.append((samples, seconds + (samples - before) / speed))
+    return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from evaclip.config import ModelConfig, RunConfig
+from evaclip.config import ImageTowerConfig, ModelConfig, RunConfig
 from evaclip.errors import ConfigError
 from evaclip.memory import state_bytes
 from evaclip.models.clip import CLIP
@@ -20,7 +21,7 @@ _CAPTION = 20.0
 
 
 def listing(name: str | None, *, ranks: int, token_drop: float) -> str:
-    """One line per model, or for one model, with a heading.
+    """One line per model, with a heading; of one model also what its memory goes to.
 
     Args:
         name: Of ours, open_clip or timm; None: all but the tiny ones.
@@ -33,13 +34,11 @@ def listing(name: str | None, *, ranks: int, token_drop: float) -> str:
     names = [name] if name is not None else [preset for preset in PRESETS if not preset.startswith("tiny")]
     heading = ["model", "image M", "text M", "pixels", "tokens", "GFLOPs", f"-{token_drop:.0%}", *_STAGES]
     rows = [heading, *(_row(each, ranks, token_drop) for each in names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    start = widths[0]
-    aligned = [row[0].ljust(start) + line[start:] for row, line in zip(rows, lines, strict=True)]
+    parts = ["", *_aligned(_parts(name, ranks))] if name is not None else []
     return "\n".join(
         [
-            *aligned,
+            *_aligned(rows),
+            *parts,
             "",
             f"GFLOPs: forward and backward of a sample with {_CAPTION:.0f} caption tokens, in full and with "
             f"{token_drop:.0%} of the patches dropped.",
@@ -49,7 +48,20 @@ def listing(name: str | None, *, ranks: int, token_drop: float) -> str:
     )
 
 
-def _row(name: str, ranks: int, token_drop: float) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _model(name: str, token_drop: float = 0.0) -> tuple[ModelConfig, tuple[int, int]]:
+    """A named model and the parameters of its towers."""
     try:
         model = ModelConfig.model_validate({"name": name, "image": {"token_drop": token_drop}})
     except ValidationError as error:
@@ -57,7 +69,23 @@ def _row(name: str, ranks: int, token_drop: float) -> list[str]:
     with torch.device("meta"):
         towers = CLIP(model)
     image, text = (sum(p.numel() for p in tower.parameters()) for tower in (towers.image, towers.text))
-    costs = [3e-9 * forward_flops(model, _CAPTION, kept=kept) for kept in (None, model.image.kept_patches)]
+    return model, (image, text)
+
+
+def _parts(name: str, ranks: int) -> list[list[str]]:
+    """What each ZeRO stage takes for weights, gradients and the optimizer."""
+    model, counts = _model(name)
+    rows = [["GiB", "weights", "gradients", "optimizer"]]
+    for stage, called in enumerate(_STAGES):
+        sizes = state_bytes(sum(counts), _run(model, stage), ranks)
+        rows.append([called, *(f"{size / 2**30:.1f}" for size in sizes)])
+    return rows
+
+
+def _row(name: str, ranks: int, token_drop: float) -> list[str]:
+    model, (image, text) = _model(name, token_drop)
+    assert isinstance(model.image, ImageTowerConfig), "named models are of our towers"
+    costs = [3e-9 * forward_flops(model, _CAPTION, training=training) for training in (False, True)]
     states = [sum(state_bytes(image + text, _run(model, stage), ranks)) / 2**30 for stage in range(4)]
     return [
         str(model.name),

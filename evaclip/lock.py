@@ -13,11 +13,13 @@ import fcntl
 import logging
 import os
 import platform
+import struct
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
-from evaclip.errors import ConfigError
+from evaclip.errors import RunLockedError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def lock(directory: Path) -> None:
     """Keep other processes out of a run directory as long as this one lives.
 
     Raises:
-        ConfigError: Another one is in there; the message names it.
+        RunLockedError: Another one is in there; the message names it.
         OSError: The directory cannot be written.
     """
     if directory.resolve() in _held:
@@ -46,6 +48,40 @@ def lock(directory: Path) -> None:
         os.close(descriptor)
         raise
     _held[directory.resolve()] = descriptor
+
+
+class Holder(NamedTuple):
+    """Who trains in a run directory, or did last."""
+
+    name: str
+    """As the process named itself."""
+    alive: bool | None
+    """Whether it still does; None where that cannot be told from here."""
+
+
+def holder(directory: Path) -> Holder | None:
+    """Ask who holds the lock, and take nothing; None where nobody ever did.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    own = _held.get(directory.resolve())
+    if own is not None:  # to open the file once more, and close it, would let go of the lock
+        return Holder(os.pread(own, 200, 0).decode(errors="replace"), alive=True)
+    try:
+        with (directory / ".lock").open("rb", buffering=0) as file:
+            name = file.read(200).decode(errors="replace")
+            question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock
+            try:
+                answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+            except OSError:  # a file system without locks
+                return Holder(name, alive=None)
+    except FileNotFoundError:
+        return None
+    if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+        return Holder(name, alive=True)
+    # where locks reach no further than a node, those of other nodes do not show
+    return Holder(name, alive=False if f" on {platform.node()}," in name else None)
 
 
 def _acquire(descriptor: int, directory: Path) -> None:
@@ -65,7 +101,7 @@ def _acquire(descriptor: int, directory: Path) -> None:
         else:
             return
         if f" on {platform.node()}," in holder or time.monotonic() > deadline:
-            raise ConfigError(
+            raise RunLockedError(
                 f"another process trains in run_dir {directory} ({holder}); wait for it or end it, or choose another "
                 f"run_dir"
             )

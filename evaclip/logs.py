@@ -1,4 +1,7 @@
-"""Where log lines go: rank 0's to the console and to ``run_dir/log.txt``, the other ranks' warnings to the console.
+"""Where log lines go: to the console, and to a file per rank.
+
+Rank 0's go to the console and to ``run_dir/log.txt``; the other ranks' to ``run_dir/logs/rank_00003.txt``, and their
+warnings to the console too. Files are written line by line, and rotated, so that no run fills a disk with them.
 
 Modules log through ``logging.getLogger(__name__)`` and know nothing of this. Other packages are heard from WARNING on.
 Lines on the console are written around a progress bar, not through it.
@@ -7,10 +10,21 @@ Lines on the console are written around a progress bar, not through it.
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from tqdm import tqdm
+
+LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?P<level>[A-Z]+) (?P<name>[\w.]+): (?P<message>.*)")
+"""A line of ``log.txt`` that begins a record; other lines belong to the one before."""
+END = "evaclip"
+"""Name under which the error that ends a run is logged."""
+log = logging.getLogger(__name__)
+
+_MAIN_FILE = 50 * 2**20, 3  # bytes, old ones that are kept
+_RANK_FILE = 10 * 2**20, 2
 
 
 class _ConsoleHandler(logging.Handler):
@@ -37,8 +51,8 @@ class _ConsoleFormatter(logging.Formatter):
         return self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
 
 
-class _RunFileHandler(logging.FileHandler):
-    """Appends to the run's ``log.txt``."""
+class _RunFileHandler(RotatingFileHandler):
+    """Appends to a file of the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
         """A disk that is full costs lines of the file; the console has them."""
@@ -48,8 +62,12 @@ def log_setup(run_dir: Path | None, rank: int = 0) -> None:
     """Send this process's log where it belongs; a second call replaces what the first one set up.
 
     Args:
-        run_dir: Existing folder of the run, where rank 0 appends to ``log.txt``; None: console only.
+        run_dir: Existing folder of the run: rank 0 appends to ``log.txt``, others to their file in the existing folder
+            ``logs``, or to the console alone where that cannot be opened. None: console only.
         rank: This process among its peers; ranks other than 0 print warnings only, with their number.
+
+    Raises:
+        OSError: ``log.txt`` cannot be opened.
     """
     root = logging.getLogger()
     for handler in root.handlers[:]:
@@ -61,18 +79,25 @@ def log_setup(run_dir: Path | None, rank: int = 0) -> None:
     console = _ConsoleHandler(logging.INFO if rank == 0 else logging.WARNING)
     console.setFormatter(_ConsoleFormatter(rank))
     root.addHandler(console)
-    if run_dir is not None and rank == 0:
-        file = _RunFileHandler(run_dir / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-        root.addHandler(file)
+    if run_dir is None:
+        return
+    try:
+        path = run_dir / ("log.txt" if rank == 0 else f"logs/rank_{rank:05d}.txt")
+        size, num_old = _MAIN_FILE if rank == 0 else _RANK_FILE
+        file = _RunFileHandler(path, maxBytes=size, backupCount=num_old, encoding="utf-8")
+    except OSError as error:
+        if rank == 0:
+            raise
+        log.warning("no log of this rank is written: %s", error)
+        return
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root.addHandler(file)
 
 
 def log_error(message: str) -> None:
-    """Add the error that ends a run to its ``log.txt``; the console has it already."""
+    """Add the error that ends a run to this process's file; the console has it already."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _RunFileHandler):
             handler.handle(
-                logging.makeLogRecord(
-                    {"name": "evaclip", "levelno": logging.ERROR, "levelname": "ERROR", "msg": message}
-                )
+                logging.makeLogRecord({"name": END, "levelno": logging.ERROR, "levelname": "ERROR", "msg": message})
             )

@@ -36,8 +36,10 @@ METRICS: dict[str, Metric] = {
     "train/trust_ratio_p5": Metric("5 % quantile of LAMB's trust ratios over the parameters that adapt", "last"),
     "train/trust_ratio_p50": Metric("median of LAMB's trust ratios over the parameters that adapt", "last"),
     "train/trust_ratio_p95": Metric("95 % quantile of LAMB's trust ratios over the parameters that adapt", "last"),
-    "lr/image": Metric("learning rate of the image tower's last layer", "last"),
-    "lr/text": Metric("learning rate of the text tower's last layer", "last"),
+    "lr/image": Metric(
+        "learning rate of the image tower's last layer; left out where the tower is frozen whole", "last"
+    ),
+    "lr/text": Metric("learning rate of the text tower's last layer; left out where the tower is frozen whole", "last"),
     "lr/logit_scale": Metric("learning rate of the loss's scalars", "last"),
     "speed/samples_per_second": Metric("training samples per second, all ranks", "mean"),
     "speed/samples_per_second_per_rank": Metric("training samples per second and rank", "mean"),
@@ -51,9 +53,24 @@ METRICS: dict[str, Metric] = {
     "data/passes/SOURCE": Metric("passes over the source so far, the current one as a fraction", "last"),
     "data/delivered/SOURCE": Metric("samples of the source trained on so far", "last"),
     "data/skipped/SOURCE": Metric("unusable records of the source passed over so far", "last"),
+    "system/NODE/cpu_fraction": Metric("share of the node's processors that was busy since the row before", "mean"),
+    "system/NODE/memory_fraction": Metric("share of the node's memory that is not available", "last"),
+    "system/NODE/gpu_fraction": Metric(
+        "share of the last moments in which the node's GPUs computed, their mean", "last"
+    ),
+    "system/NODE/gpu_memory_fraction": Metric("share of the GPUs' memory in use by any process, their mean", "last"),
+    "system/NODE/gpu_celsius": Metric("temperature of the node's GPUs, their mean", "last"),
+    "system/NODE/gpu_watts": Metric("power that the node's GPUs draw, their mean", "last"),
+    "system/NODE/disk_read_mb_per_second": Metric("10^6 bytes per second read from the node's own disks", "mean"),
+    "system/NODE/network_received_mb_per_second": Metric(
+        "10^6 bytes per second that the node's system received, loopback and InfiniBand left out", "mean"
+    ),
     "eval/DATASET/METRIC": Metric("result on an evaluation dataset at this step", "last"),
 }
 """Every metric of a run; a word in capitals stands for a name from the configuration or the evaluation."""
+
+OF_THE_MACHINE = ("speed/", "memory/", "system/")
+"""How the names of those metrics begin that two equal runs need not have in common."""
 
 RECALL_AT = (1, 5, 10)
 """Among how many nearest candidates retrieval looks for a match."""

@@ -7,6 +7,7 @@ it: four bytes, on the CPU, beside the training. On one rank the flag itself is 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,7 +21,8 @@ from evaclip.errors import TrainingStoppedError
 if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ONE_REQUEST_SECONDS = 3.0  # in which launchers and schedulers may send the same signal several times
 
 
 class StopRequest:
@@ -29,6 +31,7 @@ class StopRequest:
     def __init__(self, ranks: Ranks) -> None:
         self._alone = ranks.world_size == 1
         self._signal = 0
+        self._received = 0.0
         self._agreed = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
@@ -53,16 +56,16 @@ class StopRequest:
             self._pending = None
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        # Launchers forward SIGTERM, so it may come twice; only a second Ctrl-C does not wait for the checkpoint.
-        if self._signal and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+        if not self._signal:
+            self._signal, self._received = number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._received > _ONE_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)  # does not wait for the checkpoint; those that are complete stay
             signal.raise_signal(number)
-        self._signal = self._signal or number
 
 
 @contextmanager
 def listening(ranks: Ranks) -> Generator[StopRequest]:
-    """Take SIGTERM and Ctrl-C as requests; a second Ctrl-C ends the process at once."""
+    """Take SIGTERM, SIGUSR1 and Ctrl-C as requests; a second one ends the process at once."""
     request = StopRequest(ranks)
     before = {number: signal.signal(number, request._receive) for number in _SIGNALS}
     try:

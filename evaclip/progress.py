@@ -19,6 +19,7 @@ _FIELDS = (
     ("scale", "train/logit_scale", "{:.2f}"),
     ("grad", "train/grad_norm", "{:.3g}"),
     ("lr", "lr/image", "{:.3g}"),
+    ("lr", "lr/text", "{:.3g}"),  # where the image tower is frozen and has none
     ("samples/s", "speed/samples_per_second", "{:,.0f}"),
     ("wait", "speed/data_wait_fraction", "{:.0%}"),
     ("mfu", "speed/mfu", "{:.1%}"),
@@ -28,9 +29,12 @@ _FIELDS = (
 
 def summary(row: Row) -> str:
     """Return what a person follows of a row, as ``loss 2.3146, samples/s 1,234``; metrics it lacks are left out."""
-    parts = [f"{label} {_number(row[name], form)}" for label, name, form in _FIELDS if name in row]
-    parts += [f"{name} {_number(value, '{:.4f}')}" for name, value in row.items() if name.startswith("eval/")]
-    return ", ".join(parts)
+    parts: dict[str, str] = {}
+    for label, name, form in _FIELDS:
+        if name in row:
+            parts.setdefault(label, _number(row[name], form))
+    parts |= {name: _number(value, "{:.4f}") for name, value in row.items() if name.startswith("eval/")}
+    return ", ".join(f"{label} {number}" for label, number in parts.items())
 
 
 def postfix(row: Row) -> str:
@@ -38,12 +42,18 @@ def postfix(row: Row) -> str:
     return summary({name: row[name] for name in ("train/loss", "speed/samples_per_second") if name in row})
 
 
-def time_left(row: Row, *, steps: int) -> str | None:
-    """Return how long the rest takes at the row's speed, as ``1:02:03``; None where the row has no speed."""
+def seconds_left(row: Row, *, steps: int) -> float | None:
+    """Return how long the rest takes at the row's speed; None where the row has no speed."""
     step, samples, per_second = row["step"], row["samples"], row.get("speed/samples_per_second")
     if not (step and samples and per_second):
         return None
-    return str(timedelta(seconds=round((steps - step) * (samples / step) / per_second)))
+    return (steps - step) * (samples / step) / per_second
+
+
+def time_left(row: Row, *, steps: int) -> str | None:
+    """Return the same as ``1:02:03``."""
+    seconds = seconds_left(row, steps=steps)
+    return None if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 class Progress:

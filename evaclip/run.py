@@ -7,6 +7,7 @@ plain object; ``train`` holds the loop that moves it.
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -22,29 +23,30 @@ import evaclip
 from evaclip import changes, checkpoint
 from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
 from evaclip.checkpoint_writer import CheckpointWriter, write_flushed
+from evaclip.config import ImageTowerConfig
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.readers import OpenedSource
 from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
-from evaclip.errors import CheckpointError, ConfigError, DataError, WeightsError, writing
+from evaclip.errors import CheckpointError, ConfigError, DataError, writing
+from evaclip.freezing import FrozenPiece, freeze
 from evaclip.lock import lock
 from evaclip.logs import log_setup
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.attention import kernel_name
-from evaclip.models.clip import create_model
+from evaclip.models.clip import CLIP
 from evaclip.optim.table import summary
 from evaclip.sources import open_sources
-from evaclip.trial import largest_that_fits
-from evaclip.weights.load import initialise_from
+from evaclip.starting_weights import StartingWeights, require_files
+from evaclip.trial import largest_that_fits, try_a_step
 
 if TYPE_CHECKING:
     from evaclip.config import RunConfig
     from evaclip.data.batch import Place
     from evaclip.data.pipeline import BadRecord
     from evaclip.engine.protocol import Engine
-    from evaclip.models.clip import CLIP
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class Run:
     """Parameter -> whole shape; ZeRO-3 leaves only slices in the modules."""
     loss: ContrastiveLoss
     engine: Engine
+    frozen: list[FrozenPiece]
+    """This rank's share of the weights that do not learn."""
     num_micro_batches: int
     """Forwards that a rank needs for its share of a global batch."""
     writer: CheckpointWriter
@@ -136,9 +140,7 @@ class Run:
                 ("exp_avg_sq", piece.exp_avg_sq),
             ):
                 entries.append(checkpoint.Entry(kind, piece.row.name, piece.start, values))
-        frozen = {name: p for name, p in self.loss.named_parameters() if not p.requires_grad}
-        if self.ranks.is_main:
-            entries += [checkpoint.Entry("weight", name, 0, value) for name, value in frozen.items()]
+        entries += [checkpoint.Entry("weight", *piece) for piece in self.frozen]
         self.writer.save(state, entries, final=final)
 
     @cached_property
@@ -165,7 +167,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     _make_directory(config, ranks)
     reader = _find_state(config, ranks)
     if not reader:
-        _require_initial(config, ranks)
+        require_files(config.init, ranks)
     changed = changes.refuse_changes(reader.config, config, reader.path, slots=reader.state.slots) if reader else {}
     sources = open_sources(config, ranks)
     if reader:
@@ -175,23 +177,25 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     )
     plan = make_plan(config, sources, slots)
 
-    clip = create_model(config.model, seed=config.seed, device=ranks.device)
+    with torch.device("meta"):
+        clip = CLIP(config.model)
+    freeze(clip, config.optim)
     loss = ContrastiveLoss(config.loss, ranks.device)
     shapes = {name: list(p.shape) for name, p in chain(clip.named_parameters(), loss.named_parameters())}
-    if reader:
-        _load_weights(reader, clip, loss)
-    else:
-        _load_initial(config, clip, loss, ranks)
-    engine = create_engine(config, clip, loss, ranks)
+    weights = StartingWeights(config, clip, loss, reader, ranks)
+    engine = create_engine(config, clip, loss, ranks, weights.fill)
+    weights.require_set()
     if config.train.micro_batch == "auto":
         largest = largest_that_fits(engine, loss, config, ranks)
         pieces = -(-(config.train.global_batch // ranks.world_size) // largest)
         _require_exact_accumulation(config, ranks, pieces)
+    elif not reader:  # where a run is continued, it has shown that it can
+        try_a_step(engine, loss, config, pieces, ranks)
     writer = CheckpointWriter(Path(config.run_dir) / "checkpoints", config, ranks)
-    run = Run(config, ranks, plan, sources, shapes, loss, engine, pieces, writer)
+    run = Run(config, ranks, plan, sources, shapes, loss, engine, weights.frozen, pieces, writer)
     if reader:
         _load_state(reader, run)
-    with agreed(ranks), writing(f"run_dir {run.directory}", ConfigError):
+    with agreed(ranks), writing(f"run_dir {run.directory}"):
         if ranks.is_main:
             write_flushed(run.directory / ".config.yaml.tmp", dump(config))
             (run.directory / ".config.yaml.tmp").replace(run.directory / "config.yaml")
@@ -216,18 +220,23 @@ def _make_directory(config: RunConfig, ranks: Ranks) -> None:
     """Create the run directory and send the log there."""
     directory = Path(config.run_dir)
     log_setup(None, ranks.rank)
-    with agreed(ranks), writing(f"run_dir {directory}", ConfigError):
+    with agreed(ranks), writing(f"run_dir {directory}"):
         if ranks.is_main:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock(directory)
             log_setup(directory, ranks.rank)
+            if ranks.world_size > 1:
+                (directory / "logs").mkdir(exist_ok=True)
+    if not ranks.is_main:
+        log_setup(directory, ranks.rank)
+        log.info("rank %d is process %d on %s, %s", ranks.rank, os.getpid(), platform.node(), ranks.device)
 
 
 def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader | None:
     """The newest intact checkpoint of the run directory; rank 0 looks, all ranks use the same."""
     found: tuple[Path | None, list[str]] = (None, [])
     folder = Path(config.run_dir) / "checkpoints"
-    with agreed(ranks), writing(f"run_dir {folder}", ConfigError):
+    with agreed(ranks), writing(f"run_dir {folder}"):
         if ranks.is_main:
             found = checkpoint.set_aside(folder)
     path, damaged = ranks.from_main(found)
@@ -247,50 +256,6 @@ def _require_same_data(reader: checkpoint.CheckpointReader, sources: Mapping[str
                 f"saved {saved}); restore the shards, or their indexes by tools/index_shards.py --rebuild, or use "
                 f"a new run_dir"
             )
-
-
-def _load_weights(reader: checkpoint.CheckpointReader, clip: CLIP, loss: ContrastiveLoss) -> None:
-    """Fill towers and temperature before the engine takes them over."""
-    targets = dict(chain(clip.named_parameters(), loss.named_parameters()))
-    saved = reader.state.shapes
-    shapes = {name: list(parameter.shape) for name, parameter in targets.items()}
-    wrong = [
-        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {shapes.get(name, 'absent')} in the model"
-        for name in sorted({*saved, *shapes})
-        if saved.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise CheckpointError("\n  ".join([f"{reader.path} is of another model; use a new run_dir", *wrong[:5]]))
-    with torch.no_grad():
-        for name, parameter in targets.items():
-            values = torch.empty(parameter.numel())
-            reader.fill(checkpoint.Entry("weight", name, 0, values))
-            parameter.copy_(values.view(parameter.shape))
-
-
-def _require_initial(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse a wrong path before shards are indexed for hours."""
-    with agreed(ranks):
-        for path in (config.init.image, config.init.text, config.init.model):
-            if path and not Path(path).exists():
-                raise WeightsError(f"init: {path} does not exist")
-
-
-def _load_initial(config: RunConfig, clip: CLIP, loss: ContrastiveLoss, ranks: Ranks) -> None:
-    """Fill a new run's towers from other people's weights, and tell the log about every key."""
-    with agreed(ranks):
-        reports = initialise_from(config.init, clip, loss, config.loss.max_logit_scale)
-        for line in chain.from_iterable(report.lines() for report in reports) if ranks.is_main else ():
-            log.info("initial weights: %s", line)
-    with agreed(ranks):
-        if reports and len(set(ranks.gather_objects(_signature(clip)))) > 1:
-            raise WeightsError("the ranks read different initial weights; give a path that all nodes see, at rest")
-
-
-def _signature(model: torch.nn.Module) -> int:
-    """A number that models with other bits hardly share."""
-    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
-    return hash(tuple(torch.stack(sums).tolist()))
 
 
 def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
@@ -333,16 +298,14 @@ def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     share = config.train.global_batch // ranks.world_size
     log.info("each rank takes its %d samples of a step in %d micro-batches", share, run.num_micro_batches)
     log.info("%d slots; the run can continue on %s ranks", run.plan.slots, ", ".join(map(str, worlds)))
-    image = config.model.image
-    log.info("image tower keeps %d of %d patches in training", image.kept_patches, image.grid**2)
+    log.info("image tower %s", run.engine.towers.clip.image.description)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    log.info(
-        "attention: %s; precision %s; engine %s",
-        kernel_name(ranks.device, dtype, config.model.text.width // config.model.text.heads),
-        config.train.precision,
-        config.engine.name,
-    )
-    for line in summary(run.engine.optimizer.rows):
+    text, own = config.model.text, isinstance(config.model.image, ImageTowerConfig)
+    kernels = kernel_name(ranks.device, dtype, text.width // text.heads, own_images=own)
+    log.info("attention: %s; precision %s; engine %s", kernels, config.train.precision, config.engine.name)
+    rows = run.engine.optimizer.rows
+    learning = {row.name for row in rows}
+    for line in summary(rows, {name: shape for name, shape in run.shapes.items() if name not in learning}):
         log.info("optimizer: %s", line)
     log.info("continuing %s at step %d" if reader else "starting %s at step %d", run.directory, run.step)
 
@@ -365,6 +328,8 @@ def _record_changes(run: Run, reader: checkpoint.CheckpointReader, changed: chan
 def _commit() -> str:
     """Version and, in a checkout, commit of this code."""
     root = Path(evaclip.__file__).parents[1]
+    if (root / "commit.txt").exists():  # a job's own copy of the code
+        return f"{evaclip.__version__}+{(root / 'commit.txt').read_text(encoding='utf-8').strip()}"
     if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
         return evaclip.__version__
     try:

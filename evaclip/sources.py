@@ -21,6 +21,7 @@ from evaclip.data.tar import expand_names
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
+from evaclip.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def _count(name: str, paths: Sequence[str], data: DataConfig, ranks: Ranks) -> l
     facts: list[ShardFacts] = []
     with agreed(ranks):
         for path in tqdm(mine, f"indexing {name}", disable=quiet, leave=False):
+            beat("start")
             index = ensure_index(path, data.index_dir)
             facts.append(
                 ShardFacts(index.num_records, index.digest, index.extensions, index.lost_records, index.damage)

@@ -21,7 +21,11 @@ A value that is not finite is ``null`` in the file and NaN in W&B. ``_step`` is 
 Tracking never stops training, and never asks anything. When the server cannot be reached at the start, the session is
 recorded offline, or not at all if the server has the id; when W&B fails later, it is given up for the session. A
 warning says so, and the next start sends what is missing, also that of a run that has ended. Not sent: code, git state,
-the environment, the command line, console output; of the run, the resolved configuration only.
+the environment, the command line's arguments, console output, W&B's own system metrics; of the run, the resolved
+configuration only, and checkpoints and exports where they are asked for.
+
+Alerts and artifacts go with the session: online at once, offline into its run file. Rows of ``restarts.jsonl`` are told
+once: how many were is noted before they are sent; offline, each new run file tells those that no server was told.
 """
 
 from __future__ import annotations
@@ -32,21 +36,27 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evaclip.errors import ConfigError
+from evaclip.alerts import Alert, restarts, whole_rows
+from evaclip.checkpoint import CheckpointReader, best, complete, find_checkpoint
+from evaclip.errors import CheckpointError, ConfigError
+from evaclip.lock import lock
 
 if TYPE_CHECKING:
     from wandb import Run
 
-    from evaclip.config import WandbConfig
+    from evaclip.config import CheckpointConfig, WandbConfig
     from evaclip.history import History
 
 _log = logging.getLogger(__name__)
 
 _INIT_SECONDS = 60.0
+_EXPORT_MARK = "evaclip_export"  # in the folder of an offline run file that holds an export, which no start repeats
+_UPLOAD_SECONDS = 850  # of one artifact; two take less than a launcher waits for a rank that is at its end
 _FINISH_SECONDS = 30.0  # well within the grace of a preemption; the next start sends what did not make it
 
 
@@ -71,6 +81,7 @@ class Tracker:
         self._resolved = dict(resolved)
         self._run: Run | None = None
         self._next_step = 0
+        self._restarts_told = 0
         mode = _choose_mode(config.mode)
         if mode != "off":
             self._start(mode, history)
@@ -87,6 +98,49 @@ class Tracker:
                 self._run.log({n: math.nan if v is None else v for n, v in row.items()}, step=step, commit=True)
                 self._next_step = step + 1
         except _failures() as error:
+            self._give_up(error)
+
+    def alert(self, alert: Alert) -> None:
+        """Tell whoever has asked W&B for alerts."""
+        if self._run is None or not self._config.alerts:
+            return
+        try:
+            self._run.alert(alert.title[:63], alert.text, level="WARN", wait_duration=timedelta(milliseconds=1))
+        except _failures() as error:
+            self._give_up(error)
+
+    def alert_restarts(self) -> None:
+        """Tell the restarts that the launcher has listed since the last call, in this session or an earlier one."""
+        if self._run is None or not self._config.alerts:
+            return
+        path = self._run_dir / "wandb" / "restarts_told"
+        try:
+            told = max(self._restarts_told, int(path.read_text(encoding="utf-8")) if path.exists() else 0)
+            rows = whole_rows(self._run_dir / "restarts.jsonl")
+            if not self._run.offline:
+                temporary = path.with_name("restarts_told.tmp")
+                temporary.write_text(str(len(rows)), encoding="utf-8")
+                temporary.replace(path)
+        except (OSError, ValueError) as error:
+            _log.warning("restarts are not told to W&B: %s", error)
+            return
+        self._restarts_told = len(rows)
+        for alert in restarts(rows[told:]):
+            self.alert(alert)
+
+    def log_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
+        """Upload the newest checkpoint of a run that has ended, and the best one, as artifacts."""
+        if self._run is None or not self._config.artifacts:
+            return
+        try:
+            newest, best_one = complete(folder)[-1], best(folder, config)
+            for path in dict.fromkeys([best_one or newest, newest]):  # W&B's "latest" is what was logged last
+                step = int(path.name.removeprefix("step_"))
+                aliases = [f"step-{step}", "latest", *(["best"] if path == best_one else [])]
+                _log_folder(self._run, path, f"{self._run.id}-checkpoint", "checkpoint", aliases, {"step": step})
+        except CheckpointError as error:
+            _log.warning("the best checkpoint is not uploaded: %s", error)
+        except (*_failures(), ValueError) as error:  # ValueError: what the server says of an upload that failed
             self._give_up(error)
 
     def finish(self, exit_code: int = 0) -> None:
@@ -120,12 +174,12 @@ class Tracker:
         if mode == "offline":
             if _is_on_server(self._run_dir, run_id):
                 run_id = self._renew_id(run_id, "is on the server, and an offline run holds the whole history")
-            return self._init(mode, run_id)
-        run = self._init(mode, run_id)
+            return _init(self._run_dir, self._config, self._resolved, mode, run_id)
+        run = _init(self._run_dir, self._config, self._resolved, mode, run_id)
         if run.starting_step > history.last_step + 1:
             reaches = f"reaches step {run.starting_step - 1}, metrics.jsonl only {history.last_step}"
             run.finish()
-            run = self._init(mode, self._renew_id(run_id, reaches))
+            run = _init(self._run_dir, self._config, self._resolved, mode, self._renew_id(run_id, reaches))
         _online_mark(self._run_dir, run.id).touch()
         return run
 
@@ -135,40 +189,6 @@ class Tracker:
             "W&B run %s %s; W&B cannot replace a history, so this run goes on as W&B run %s", old, reason, run_id
         )
         return run_id
-
-    def _init(self, mode: Literal["online", "offline"], run_id: str) -> Run:
-        import wandb  # noqa: PLC0415  takes a second, and mode off does without
-        from wandb.errors import UsageError  # noqa: PLC0415
-
-        config = self._config
-        try:
-            settings = wandb.Settings(
-                mode=mode,
-                root_dir=str(self._run_dir),
-                run_id=run_id,
-                resume="allow",
-                project=config.project,
-                entity=config.entity,
-                run_name=config.name or self._run_dir.resolve().name,
-                run_group=config.group,
-                run_tags=config.tags,
-                reinit="create_new",
-                init_timeout=_INIT_SECONDS,
-                finish_timeout=_FINISH_SECONDS,
-                finish_timeout_raises=True,
-                silent=True,
-                console="off",
-                symlink=False,
-                disable_git=True,
-                disable_code=True,
-                save_code=False,
-                x_disable_meta=True,
-                x_save_requirements=False,
-                x_transaction_log_flush_interval=1.0,  # what a kill may take from an offline file that no start renews
-            )
-        except UsageError as error:
-            raise ConfigError(f"log.wandb: {error}") from error
-        return wandb.init(settings=settings, config=self._resolved)
 
     def _give_up(self, error: Exception) -> None:
         """Stop tracking in this session, and stop the service, so that it neither blocks nor complains at exit."""
@@ -184,6 +204,109 @@ class Tracker:
             wandb.teardown()
         except _failures() as second:
             _log.debug("W&B's service did not shut down: %s", second)
+
+
+def _init(
+    run_dir: Path, config: WandbConfig, resolved: Mapping[str, Any], mode: Literal["online", "offline"], run_id: str
+) -> Run:
+    """Open a session of a W&B run."""
+    import wandb  # noqa: PLC0415  takes a second, and mode off does without
+    from wandb.errors import UsageError  # noqa: PLC0415
+
+    try:
+        settings = wandb.Settings(
+            mode=mode,
+            root_dir=str(run_dir),
+            run_id=run_id,
+            resume="allow",
+            project=config.project,
+            entity=config.entity,
+            run_name=config.name or run_dir.resolve().name,
+            run_group=config.group,
+            run_tags=config.tags,
+            reinit="create_new",
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+            finish_timeout_raises=True,
+            silent=True,
+            console="off",
+            symlink=False,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,  # it would see one node; ours are rows of the history
+            x_save_requirements=False,
+            x_transaction_log_flush_interval=1.0,  # what a kill may take from an offline file that no start renews
+        )
+    except UsageError as error:
+        raise ConfigError(f"log.wandb: {error}") from error
+    return wandb.init(settings=settings, config=dict(resolved))
+
+
+def _log_folder(
+    run: Run, folder: Path, name: str, kind: str, aliases: Sequence[str], metadata: Mapping[str, Any]
+) -> None:
+    """Log a folder that nobody changes as an artifact: nothing is copied, and online the upload is waited for."""
+    import wandb  # noqa: PLC0415
+
+    artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
+    artifact.add_dir(str(folder.resolve()), skip_cache=True, policy="immutable")
+    logged = run.log_artifact(artifact, aliases=list(aliases))
+    if not run.offline:
+        logged.wait(_UPLOAD_SECONDS)
+    _log.info("W&B artifact %s (%s): %s", name, ", ".join(aliases), folder)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The directory of a run that W&B knows, given it or one of its checkpoints.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for folder in (checkpoint, checkpoint.resolve().parent.parent):
+        if (folder / "wandb_run_id").is_file():
+            return folder
+    raise ConfigError(
+        f"--wandb logs an export to the W&B run of what is exported, and {checkpoint} has none; give a run directory "
+        f"(or a checkpoint in one) that was trained with W&B, or leave --wandb out"
+    )
+
+
+def log_export(checkpoint: Path, out: Path, kind: str) -> str:
+    """Log an export as artifact of its run: to the server if that has the run, else to be synced with it.
+
+    Args:
+        checkpoint: What was exported: a run directory or one of its checkpoints.
+        out: The export.
+        kind: Its format.
+
+    Returns:
+        Where it went, in words.
+
+    Raises:
+        ConfigError: The run is being trained, or there is no API key.
+        CheckpointError: W&B failed; the export is there.
+    """
+    run_dir = run_of(checkpoint)
+    lock(run_dir)
+    reader = CheckpointReader(find_checkpoint(checkpoint))
+    run_id = _stored_id(run_dir)
+    mode = "online" if _is_on_server(run_dir, run_id) else "offline"
+    _choose_mode(mode)
+    try:
+        run = _init(run_dir, reader.config.log.wandb, reader.config.model_dump(mode="json"), mode, run_id)
+        folder = Path(run.settings.sync_dir)
+        if mode == "offline":
+            (folder / _EXPORT_MARK).touch()
+        step = reader.state.step
+        name = f"{run_id}-{kind}"
+        _log_folder(run, out, name, "model", [f"step-{step}", "latest"], {"step": step, "format": kind})
+        run.finish()
+    except (*_failures(), ValueError) as error:
+        raise CheckpointError(f"{out} is written, but W&B could not take it: {error}; log it again later") from error
+    where = f"upload it with: wandb sync {folder}" if mode == "offline" else "uploaded"
+    return f"artifact {name} of W&B run {run_id}; {where}"
 
 
 def _choose_mode(mode: Literal["auto", "online", "offline", "off"]) -> Literal["online", "offline", "off"]:
@@ -258,5 +381,5 @@ def _is_on_server(run_dir: Path, run_id: str) -> bool:
 def _delete_older(run_dir: Path, run: Run) -> None:
     """Delete the offline run files that the current run, offline or online, has made superfluous."""
     for folder in (run_dir / "wandb").glob("offline-run-*"):
-        if folder.name != Path(run.settings.sync_dir).name:
+        if folder.name != Path(run.settings.sync_dir).name and not (folder / _EXPORT_MARK).exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,8 @@ import math
 import signal
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,18 +16,23 @@ from torch import Tensor
 
 from evaclip.accounting import Accounting
 from evaclip.accumulation import forward_backward
+from evaclip.alerts import Alert, Watch, ending
 from evaclip.anomalies import Anomalies
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.distributed import Ranks, agreed, started
 from evaclip.errors import DataError, EvaclipError, OutOfMemoryError, TrainingStoppedError, writing
 from evaclip.evaluation import evaluate, format_table, write_results
+from evaclip.heartbeat import beat
 from evaclip.history import History, append_rows, cut_rows
 from evaclip.memory import advice, is_out_of_memory
 from evaclip.meter import Meter, peak_memory_gib
 from evaclip.metrics import Clock, peak_tflops
-from evaclip.models.flops import forward_flops
+from evaclip.models.flops import training_flops
+from evaclip.node_meter import NodeMeter
 from evaclip.optim.schedule import learning_rate_factor, learning_rates
+from evaclip.pace import Pace, RankPace, Stragglers, write_ranks
 from evaclip.preemption import StopRequest, listening
+from evaclip.profiler import Profiler, dump_memory, record_memory
 from evaclip.progress import Progress
 from evaclip.run import Run, open_run
 from evaclip.tracking import Tracker
@@ -46,6 +52,7 @@ def train(config: RunConfig) -> None:
     Raises:
         EvaclipError: With a message for the user.
     """
+    beat("start")
     with started(need_group=isinstance(config.engine, DeepSpeedEngineConfig)) as ranks:
         train_on(ranks, config)
 
@@ -53,7 +60,9 @@ def train(config: RunConfig) -> None:
 def train_on(ranks: Ranks, config: RunConfig) -> None:
     """The same on ranks that have met already."""
     run = None
+    beat("start")
     try:
+        record_memory(config.profile, ranks.device)
         with listening(ranks) as stop:
             run = open_run(config, ranks)
             with _reporting(run) as report:
@@ -78,8 +87,10 @@ def _out_of_memory(error: BaseException, config: RunConfig, run: Run | None, ran
         ]
         return OutOfMemoryError("\n  ".join([f"the host ran out of memory ({what[0]}); change one of these:", *lines]))
     lines = [*advice(config, ranks.world_size, on_gpu=on_gpu), "eval.batch, if this was an evaluation"]
-    text = f"rank {ranks.rank} ran out of memory ({what[0]}); change one of these:"
-    return OutOfMemoryError("\n  ".join([text, *lines]))
+    text = "\n  ".join([f"rank {ranks.rank} ran out of memory ({what[0]}); change one of these:", *lines])
+    if on_gpu and (snapshot := dump_memory(Path(config.run_dir), ranks)):
+        text += f"\nwhat lay in its memory then is in {snapshot}, which pytorch.org/memory_viz shows"
+    return OutOfMemoryError(text)
 
 
 def _loop(run: Run, report: Report, stop: StopRequest) -> None:
@@ -91,17 +102,23 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         report.evaluation(run)
     batches = iter(run.stream())
     while run.step < steps:
+        beat("data", run.step)
+        report.profiler.begin(run.step + 1)
         with report.clock.waiting():
             delivery = next(batches)
+        report.pace.begin()
         micro_batches = [batch.to(ranks.device, non_blocking=True) for batch in delivery.micro_batches]
         factor = learning_rate_factor(
             run.step, steps=steps, warmup_steps=schedule.warmup_steps, final_fraction=schedule.final_fraction
         )
 
+        beat("forward")
         output = forward_backward(engine, run.loss, micro_batches, ranks)
+        beat("update")
         engine.step(factor, output.loss)
 
         run.step += 1
+        beat("metrics", run.step)
         run.slot_states = delivery.states
         run.skipped += delivery.skipped
         report.step(run, micro_batches, output)
@@ -139,10 +156,15 @@ class Report:
     anomalies: Anomalies
     accounting: Accounting
     clock: Clock
-    progress: Progress | None
-    history: History | None
-    tracker: Tracker | None
-    evaluated: dict[str, float]
+    pace: Pace
+    node: NodeMeter
+    watch: Watch
+    profiler: Profiler
+    stragglers: Stragglers = field(default_factory=Stragglers)
+    progress: Progress | None = None
+    history: History | None = None
+    tracker: Tracker | None = None
+    evaluated: dict[str, float] = field(default_factory=dict)
     """Results at the current step, for the checkpoint."""
     committed: int | None = None
     """Step up to which W&B was told the rows of this session."""
@@ -167,6 +189,8 @@ class Report:
         )
         if self.progress:
             self.progress.advance(run.step)
+        with self.clock.paused():
+            self.profiler.end(run.step)
 
     def publish(self, run: Run, factor: float) -> None:
         """Publish a row: the one place in the loop that waits for the device."""
@@ -181,22 +205,25 @@ class Report:
         self.meter.update(scalars)
         values = self.meter.publish()
         self.accounting.collect(run)
-        kept = config.model.image.kept_patches
-        flops = 3 * forward_flops(config.model, values["data/text_tokens"], kept=kept)
+        flops = training_flops(config.model, values["data/text_tokens"], frozen=config.optim.frozen)
         values |= self.clock.publish(samples=run.samples, flops_per_sample=flops)
         values |= peak_memory_gib(run.ranks.device)
         values |= learning_rates(config.optim, factor)
         values |= self.accounting.metrics()
+        values |= self.node.publish()
+        paces = self.pace.publish(values, config.train.global_batch)
         with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if self.history and self.progress:
                 self.progress.publish(self.history.write(run.step, run.samples, values))
+                write_ranks(run.directory / "ranks.json", run.step, paces)
                 self.commit(run)
+        self._warn(run, values["train/consecutive_skips"], paces)
         self._tell_anomalies(run)
         try:
             self.accounting.require_few_bad(config.data.max_bad_fraction)
-        except DataError:  # on all ranks, after a step that is complete: a higher limit goes on from here
+        except DataError as error:  # on all ranks, after a step that is complete: a higher limit goes on from here
             self.checkpoint(run, final=True)
-            raise
+            raise TrainingStoppedError(str(error)) from error  # and no launcher may try again
         most = config.train.max_consecutive_skipped_steps
         if values["train/consecutive_skips"] >= most:
             raise TrainingStoppedError(
@@ -205,6 +232,16 @@ class Report:
                 f"applied; lower the learning rate or look at the data (skipped_steps.jsonl); if that update broke "
                 f"them, remove the newest checkpoints of {run.directory}, and the run goes on from the one before"
             )
+
+    def _warn(self, run: Run, consecutive_skips: float, paces: Sequence[RankPace]) -> None:
+        """Name ranks that have become slow, and alert whoever does not look."""
+        if not self.tracker:
+            return
+        for alert in self.watch.row(run.step, consecutive_skips, self.accounting.accounts):
+            self.tracker.alert(alert)
+        for text in self.stragglers.judge(paces):
+            log.warning("%s", text)
+            self.tracker.alert(Alert("a rank is slow", text))
 
     def _tell_anomalies(self, run: Run) -> None:
         """Name samples of skipped steps and tensors that spiked, in the log and in ``skipped_steps.jsonl``."""
@@ -236,6 +273,7 @@ class Report:
     def evaluation(self, run: Run) -> None:
         """Evaluate on all ranks and publish the results."""
         config = run.config
+        beat("evaluation")
         with self.clock.paused():
             results = list(
                 evaluate(
@@ -258,6 +296,7 @@ class Report:
 
     def checkpoint(self, run: Run, *, final: bool) -> None:
         """Save behind the next steps; the rows up to here are final. The final one is waited for."""
+        beat("checkpoint")
         self._tell_anomalies(run)
         self.accounting.collect(run)
         with self.clock.paused():
@@ -282,8 +321,13 @@ def _reporting(run: Run) -> Generator[Report]:
     meter, anomalies = Meter(ranks.device), Anomalies(run.engine.towers.clip, run.engine.optimizer)
     meter.restore(run.meter_state or {})
     clock = Clock(samples=run.samples, num_ranks=ranks.world_size, peak_tflops=peak_tflops(gpu))
+    sharded = isinstance(config.engine, DeepSpeedEngineConfig) and config.engine.zero_stage == 3
+    pace = Pace(run.loss, ranks, sharded=sharded)
     with ExitStack() as cleanup:
-        report = Report(meter, anomalies, Accounting(run), clock, None, None, None, {})
+        node, watch = NodeMeter(ranks, pace.nodes), Watch(config, continued=run.step > 0)
+        profiler = Profiler(config.profile, run.directory, config.train.steps, ranks)
+        cleanup.callback(profiler.close)
+        report = Report(meter, anomalies, Accounting(run), clock, pace, node, watch, profiler)
         with agreed(ranks), writing(f"run_dir {run.directory}"):
             if ranks.is_main:
                 report.history = History(run.directory / "metrics.jsonl")
@@ -293,6 +337,7 @@ def _reporting(run: Run) -> Generator[Report]:
                 cut_rows(run.directory / "skipped_steps.jsonl", restored)
                 resolved = config.model_dump(mode="json")
                 report.tracker = Tracker(run.directory, config.log.wandb, resolved, report.history)
+                report.tracker.alert_restarts()
                 report.progress = Progress(steps=config.train.steps, step=run.step)
                 cleanup.callback(report.progress.close)
         exit_code = 1
@@ -301,11 +346,17 @@ def _reporting(run: Run) -> Generator[Report]:
             for line in report.accounting.lines() if ranks.is_main else ():
                 log.info("%s", line)
             exit_code = 0
-        except TrainingStoppedError as stopped:
-            exit_code = int(not stopped.can_continue)
+        except EvaclipError as error:
+            exit_code = int(not (isinstance(error, TrainingStoppedError) and error.can_continue))
+            if report.tracker:
+                report.tracker.alert(ending(error))
             raise
         finally:
+            if exit_code == 0:  # else the last sign of life tells where it failed
+                beat("end")
             run.writer.leave()
             report.commit(run)
             if report.tracker:
+                if run.step == config.train.steps and exit_code == 0:
+                    report.tracker.log_checkpoints(run.directory / "checkpoints", config.checkpoint)
                 report.tracker.finish(exit_code)

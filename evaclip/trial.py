@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -47,11 +48,12 @@ def largest_that_fits(engine: Engine, loss: ContrastiveLoss, config: RunConfig, 
     share = config.train.global_batch // ranks.world_size
     room = available_bytes(ranks.device, ranks.local_world_size) - _beside_the_towers(config, share)
     budget = -over_ranks(-room)
+    per_sample = activation_bytes(config.model, config.train, frozen=config.optim.frozen, on_gpu=on_gpu)
     found = largest_micro_batch(
         share,
         lambda samples: over_ranks(trial_step(engine, loss, config.model, samples, ranks)),
         budget,
-        growth=2 * activation_bytes(config.model, config.train, on_gpu=on_gpu),  # twice: it is an estimate
+        growth=2 * per_sample,  # twice: it is an estimate
         remedies=lambda: advice(config, ranks.world_size, on_gpu=on_gpu),
     )
     reset_peak(ranks.device)
@@ -65,8 +67,27 @@ def _beside_the_towers(config: RunConfig, share: int) -> float:
     return share * (3 * side**2 + 16 * dim) + 8 * config.train.global_batch * dim
 
 
-def trial_step(engine: Engine, loss: ContrastiveLoss, model: ModelConfig, samples: int, ranks: Ranks) -> float:
-    """Peak bytes of a step of two micro-batches of so many samples, with captions as long as they can be."""
+def try_a_step(engine: Engine, loss: ContrastiveLoss, config: RunConfig, pieces: int, ranks: Ranks) -> None:
+    """Take a step as every one will be, before there is data: too little memory and what cannot compile show now.
+
+    Args:
+        engine: That will train.
+        loss: That will train.
+        config: Of the run.
+        pieces: Micro-batches of a step.
+        ranks: All take part.
+    """
+    samples = -(-config.train.global_batch // (ranks.world_size * pieces))
+    began = time.perf_counter()
+    peak = trial_step(engine, loss, config.model, samples, ranks, pieces=min(pieces, 2))
+    reset_peak(ranks.device)
+    log.info("trial step: %.1f s, %.1f GiB at its peak", time.perf_counter() - began, peak / _GIB)
+
+
+def trial_step(
+    engine: Engine, loss: ContrastiveLoss, model: ModelConfig, samples: int, ranks: Ranks, *, pieces: int = 2
+) -> float:
+    """Peak bytes of a step of some micro-batches of so many samples, with captions as long as they can be."""
     reset_peak(ranks.device)
     side = model.image.image_size
     batch = Batch(
@@ -76,7 +97,7 @@ def trial_step(engine: Engine, loss: ContrastiveLoss, model: ModelConfig, sample
     ).to(ranks.device)
     optimizer = engine.optimizer
     grad_scale = optimizer.grad_scale.clone()
-    output = forward_backward(engine, loss, [batch, batch], ranks)
+    output = forward_backward(engine, loss, [batch] * pieces, ranks)
     engine.step(0.0, torch.full_like(output.loss, math.nan))
     optimizer.consecutive_skips.zero_()
     optimizer.grad_scale.copy_(grad_scale)

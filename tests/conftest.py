@@ -18,6 +18,18 @@ def colour_shards(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def no_wandb_account(tmp_path, monkeypatch):
+    """No key, no settings, no home: what a fresh machine knows of W&B."""
+    for name in os.environ:
+        if name.startswith("WANDB_") and name != "WANDB_SERVICE":  # that is how this process finds its own service
+            monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(autouse=True)
 def no_log_handlers_left():
     """What a run set up for its log does not outlive the test."""

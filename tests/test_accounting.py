@@ -8,7 +8,7 @@ from tiny import colour_records, tiny_config
 
 from evaclip import train as train_module
 from evaclip.data.shards import write_shards
-from evaclip.errors import DataError
+from evaclip.errors import TrainingStoppedError
 from evaclip.history import load_history
 from evaclip.train import train
 
@@ -72,7 +72,7 @@ def test_too_many_bad_records_stop_the_run_and_name_the_worst_shard(tmp_path):
     write_shards(tmp_path / "shards", records, 30)
     source = {"shards": str(tmp_path / "shards" / "{00000..00001}.tar")}
     with pytest.raises(
-        DataError, match=r"records cannot be used \(\d+ empty\).*the worst shard is .*0000[01]\.tar with"
+        TrainingStoppedError, match=r"records cannot be used \(\d+ empty\).*the worst shard is .*0000[01]\.tar with"
     ):
         train(tiny_config(tmp_path / "run", source, train__steps=8))
 

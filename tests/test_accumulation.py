@@ -10,6 +10,8 @@ from evaclip.accumulation import forward_backward
 from evaclip.config import InfoNceConfig, SigmoidConfig
 from evaclip.data.batch import Batch, PackedText
 from evaclip.distributed import Ranks
+from evaclip.engine.prepare import PreparedTowers
+from evaclip.freezing import freeze
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.clip import create_model
 
@@ -21,9 +23,10 @@ class DoubleEngine:
 
     def __init__(self, clip):
         self.clip = clip.double()
+        self.towers = PreparedTowers(self.clip, "fp32", torch.device("cpu"))
 
-    def forward(self, batch, *, last):
-        return self.clip(batch.images, batch.text, batch.seeds)
+    def forward(self, batch, *, last, known=None):
+        return self.towers(batch.images, batch.text, batch.seeds, known)
 
     def backward(self, surrogate):
         surrogate.backward()
@@ -42,7 +45,9 @@ def batches(pieces):
 
 def gradients(loss_config, pieces, **changes):
     config = tiny_config("unused", **changes)
-    engine = DoubleEngine(create_model(config.model, seed=0))
+    clip = create_model(config.model, seed=0)
+    freeze(clip, config.optim)
+    engine = DoubleEngine(clip)
     loss = ContrastiveLoss(loss_config, torch.device("cpu")).double()
     output = forward_backward(engine, loss, batches(pieces), Ranks())
     named = {**dict(engine.clip.named_parameters()), **dict(loss.named_parameters())}
@@ -60,6 +65,39 @@ def test_gradients_of_micro_batches_are_those_of_the_batch(loss, token_drop, dro
         assert other.item() == pytest.approx(value.item(), rel=1e-12)
         for name, gradient in whole.items():
             assert (parts[name] - gradient).norm() <= 1e-12 * max(float(gradient.norm()), 1e-3), name
+
+
+FROZEN = {"init__model": "unused", "model__image__drop_path": 0.3}
+
+
+@pytest.mark.parametrize(("image", "text"), [("all", 1), (1, "all"), (2, 2)])
+def test_gradients_of_micro_batches_are_those_of_the_batch_where_a_part_is_frozen(image, text):
+    changes = {**FROZEN, "optim__image__freeze": image, "optim__text__freeze": text}
+    value, whole = gradients(InfoNceConfig(), 1, **changes)
+    everything = gradients(InfoNceConfig(), 1, model__image__drop_path=0.3)[1]
+    assert any(gradient is None for gradient in whole.values())
+    for pieces in (1, 3):
+        other, parts = gradients(InfoNceConfig(), pieces, **changes)
+        assert other.item() == pytest.approx(value.item(), rel=1e-12)
+        for name, gradient in parts.items():
+            assert (gradient is None) == (whole[name] is None), name
+            if gradient is not None:
+                exact = everything[name]
+                assert (gradient - exact).norm() <= 1e-12 * max(float(exact.norm()), 1e-3), name
+
+
+@pytest.mark.parametrize(("frozen", "calls"), [("all", [3, 6]), (2, [6, 6])])
+@pytest.mark.parametrize("towers", [("image", "text"), ("text", "image")])
+def test_only_a_tower_that_is_frozen_whole_is_not_computed_again(frozen, calls, towers):
+    options = {**FROZEN, f"optim__{towers[0]}__freeze": frozen}
+    clip = create_model(tiny_config("unused").model, seed=0)
+    freeze(clip, tiny_config("unused", **options).optim)
+    seen = []
+    for name in towers:
+        getattr(clip, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    engine = DoubleEngine(clip)
+    forward_backward(engine, ContrastiveLoss(InfoNceConfig(), torch.device("cpu")).double(), batches(3), Ranks())
+    assert [seen.count(name) for name in towers] == calls
 
 
 def test_dropped_patches_and_paths_make_a_difference():

@@ -40,7 +40,15 @@ def test_the_sample_with_a_bad_image_is_named_with_its_shard_and_key(tmp_path, c
     assert row == {"step": 3, "loss": "nan", "cause": "feature", "samples": 1, "records": [name]}
 
 
-def test_a_bad_gradient_is_blamed_on_its_micro_batch(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("origin")
+    train(tiny_config(folder, train__steps=1))
+    return str(folder)
+
+
+@pytest.mark.parametrize("frozen", [(0, 0), (1, "all"), (2, 1)])
+def test_a_bad_gradient_is_blamed_on_its_micro_batch(tmp_path, monkeypatch, origin, frozen):
     original = ContrastiveLoss.forward
 
     def forward(self, image, text, ranks):
@@ -49,7 +57,8 @@ def test_a_bad_gradient_is_blamed_on_its_micro_batch(tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(ContrastiveLoss, "forward", forward)
-    train(tiny_config(tmp_path, train__steps=1, train__micro_batch=8))
+    parts = {"init__model": origin, "optim__image__freeze": frozen[0], "optim__text__freeze": frozen[1]}
+    train(tiny_config(tmp_path, train__steps=1, train__micro_batch=8, **parts))
     (row,) = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert row["cause"] == "gradient"
     assert row["samples"] == len(row["records"]) == 8
@@ -63,7 +72,7 @@ def test_a_loss_and_an_update_far_above_their_running_values_are_named(tmp_path,
 
     def forward(self, image, text, ranks):
         output = original(self, image, text, ranks)
-        if next(calls) != 12:
+        if next(calls) != 1 + 12:  # after the trial
             return output
         return output._replace(loss=2 * output.loss, text_grad=1000 * output.text_grad)
 

@@ -23,9 +23,19 @@ def test_harmless_changes_are_returned_with_old_and_new_value(tmp_path):
 )
 def test_what_makes_the_model_or_the_order_is_refused(tmp_path, key, value):
     with pytest.raises(
-        ConfigError, match=rf"(?s)another model or data order; use a new run_dir.*{key.split('__')[-1]}"
+        ConfigError, match=rf"(?s)another model, data order or freezing; use a new run_dir.*{key.split('__')[-1]}"
     ):
         refuse_changes(tiny_config(tmp_path), tiny_config(tmp_path, **{key: value}), tmp_path, slots=16)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, "all"), ("all", 1), (1, 0)])
+def test_other_freezing_is_refused_with_the_way_to_fork(tmp_path, before, now):
+    saved, wanted = (tiny_config(tmp_path, init__model="w", optim__text__freeze=freeze) for freeze in (before, now))
+    expected = (
+        rf"(?s)use a new run_dir.*optim\.text\.freeze: {before} -> {now}.*init\.model={tmp_path} takes its weights"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        refuse_changes(saved, wanted, tmp_path, slots=16)
 
 
 def test_the_slots_that_a_run_has_may_be_named(tmp_path):

@@ -167,7 +167,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
 
 def fail(monkeypatch, number, error):
     """Let reading of parts fail so many times."""
-    original, calls = checkpoint._checksum, iter(range(100))
+    original, calls = checkpoint.file_checksum, iter(range(100))
 
     def checksum(path):
         if next(calls) < number:
@@ -175,7 +175,7 @@ def fail(monkeypatch, number, error):
         return original(path)
 
     monkeypatch.setattr(checkpoint, "_RETRY_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(checkpoint, "_checksum", checksum)
+    monkeypatch.setattr(checkpoint, "file_checksum", checksum)
 
 
 def test_a_storage_that_fails_for_a_moment_sets_no_checkpoint_aside(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def fails(capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments)
         message = capsys.readouterr().err
-        assert stopped.value.code == 1
+        assert stopped.value.code in (1, os.EX_CONFIG)
         assert message.count("error: ") == 1
         assert "Traceback" not in message
         return message[message.index("error: ") :]
@@ -169,6 +169,8 @@ def test_local_launch_trains_on_two_processes(config, tmp_path):
     subprocess.run(command, env={**environment(), "PATH": path}, check=True, cwd=REPOSITORY, capture_output=True)
     assert find_checkpoint(tmp_path / "run").name == "step_00000003"
     assert "2 ranks" in (tmp_path / "run/log.txt").read_text()
+    assert [file.name for file in (tmp_path / "run/logs").iterdir()] == ["rank_00001.txt"]
+    assert re.search(r"rank 1 is process \d+ on \S+, cpu\n", (tmp_path / "run/logs/rank_00001.txt").read_text())
 
 
 def test_local_launch_says_how_it_is_used():
@@ -181,7 +183,7 @@ def test_local_launch_says_mistakes_once_and_before_it_starts(config, tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     options = {"env": {**environment(), "PATH": path}, "cwd": REPOSITORY, "capture_output": True, "text": True}
     misspelt = subprocess.run(["launch/local.sh", "2", config(), "train.stps=3"], check=False, **options)
-    assert misspelt.returncode == 1
+    assert misspelt.returncode == os.EX_CONFIG
     assert misspelt.stderr.count("did you mean train.steps") == 1
     assert "Traceback" not in misspelt.stderr
     for processes in ("two", "0", "-1"):
@@ -226,9 +228,38 @@ def test_models_are_listed_with_size_and_cost(capsys):
 
 def test_one_model_is_listed_under_any_of_its_names(capsys):
     cli.main(["models", "eva02_large_patch14_clip_224", "--token-drop", "0"])
-    row = capsys.readouterr().out.splitlines()[1].split()
+    lines = capsys.readouterr().out.splitlines()
+    row = lines[1].split()
     assert row[0] == "EVA02-CLIP-L-14"
     assert row[5] == row[6], "nothing is dropped"
+    parts = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in lines[4:8]}
+    assert [sum(parts[stage]) for stage in ("torch", "ZeRO-1", "ZeRO-2", "ZeRO-3")] == [
+        pytest.approx(float(cell), abs=0.16) for cell in row[7:]
+    ], "weights, gradients and optimizer make up the whole"
     with pytest.raises(SystemExit):
         cli.main(["models", "nothing"])
     assert "no model is named 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["config", "{config}"], ["status", "{run}"]])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(config, tmp_path, arguments):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.txt").touch()
+    filled = [argument.format(config=config(), run=tmp_path / "run") for argument in arguments]
+    ours, theirs = os.pipe()
+    os.close(ours)  # as head does
+    command = [sys.executable, "-m", "evaclip", *filled]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False, env=environment())
+    os.close(theirs)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE or arguments[1] == "--help", "which argparse takes for printed"
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hushed_up(monkeypatch, tmp_path):
+    def broken(*_arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("evaclip.cli.config_file.load", broken)
+    monkeypatch.setattr(sys, "stdout", (tmp_path / "out").open("w"))
+    with sys.stdout, pytest.raises(BrokenPipeError):
+        cli.main(["config", "x"])

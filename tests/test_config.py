@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import yaml
 from tiny import SYNTHETIC, merged, tiny_tree
 
 from evaclip import config_file
-from evaclip.config import AdamWConfig, LambConfig, RunConfig
+from evaclip.config import AdamWConfig, LambConfig, RunConfig, TimmTowerConfig
 from evaclip.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -95,6 +96,12 @@ def test_overrides_are_applied_in_order_and_parsed_as_yaml(load):
     assert config.log.wandb.mode == "off"
 
 
+def test_a_profile_behind_the_last_step_is_refused(load):
+    with pytest.raises(ConfigError, match=r"profile\.start_step 5 lies behind train\.steps 4"):
+        load("profile.start_step=5")
+    assert load("profile.start_step=4").profile.num_steps == 3
+
+
 @pytest.mark.parametrize("item", ["train.steps", "=3"])
 def test_malformed_overrides_are_refused(load, item):
     with pytest.raises(ConfigError, match=r"is not of the form section\.key=value"):
@@ -152,6 +159,25 @@ def test_named_models_give_defaults_that_other_keys_override():
     )
 
 
+def test_an_image_tower_without_a_kind_is_one_of_eva(load):
+    config = load(model__image={"depth": 3})  # as configurations were written before there were other kinds
+    assert (config.model.image.kind, config.model.image.depth) == ("eva", 3)
+    assert config == load(model__image={"depth": 3, "kind": "eva"})
+
+
+def test_a_tower_of_timm_is_given_by_name(load):
+    config = load(model__image={"kind": "timm", "model": "vit_tiny_patch16_224"})
+    assert config.model.image == TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224")
+    assert config_file.validate(yaml.safe_load(config_file.dump(config)), "again") == config
+    with pytest.raises(ConfigError, match=r"model\.image\.model: Field required\n  model\.image\.depth: unknown key"):
+        load(model__image={"kind": "timm", "depth": 3})
+
+
+def test_a_named_model_keeps_its_own_image_tower(load):
+    with pytest.raises(ConfigError, match="EVA02-CLIP-B-16 has an image tower of its own"):
+        load(model={"name": "EVA02-B-16", "image": {"kind": "timm", "model": "vit_tiny_patch16_224"}})
+
+
 def test_unknown_model_names_are_refused_with_the_list():
     with pytest.raises(ConfigError, match=r"no model is named 'ViT-X'; there are EVA01-CLIP-B-16"):
         config_file.validate({**MINIMAL, "model": {"name": "ViT-X"}}, "test")
@@ -182,6 +208,18 @@ def test_unknown_model_names_are_refused_with_the_list():
             r"one of checkpoint\.every_steps 3 and eval\.every_steps 2 must be a multiple of the other",
         ),
         ({"optim__name": "lamb", "optim__weight_decay": 0.0}, "would be plain Adam"),
+        (
+            {"optim__image__freeze": 3, "init__image": "w"},
+            r"optim\.image\.freeze 3 is more than the 2 blocks of the image tower; give at most 2, or all",
+        ),
+        (
+            {"optim__text__freeze": 1, "init__image": "w"},
+            r"optim\.text\.freeze 1 would freeze weights drawn at random; give init\.text or init\.model",
+        ),
+        (
+            {"optim__image__freeze": "all", "optim__text__freeze": "all", "init__model": "w"},
+            r"optim\.image\.freeze all and optim\.text\.freeze all leave nothing to learn; lower one of them",
+        ),
         ({"model__image__patch_size": 5}, "image_size 16 is not a multiple of patch_size 5"),
         ({"model__image__heads": 5}, "width 32 is not a multiple of heads 5"),
         ({"model__image__heads": 16}, "rope needs a head width divisible by 4, not 2"),
@@ -196,6 +234,18 @@ def test_rules_between_keys_explain_themselves(changes, message):
         tree["optim"] = {"name": "lamb"} | ({"weight_decay": 0.0} if "optim__weight_decay" in changes else {})
     with pytest.raises(ConfigError, match=message):
         config_file.validate(tree, "test")
+
+
+def test_weight_decay_of_a_frozen_tower_is_none():
+    optim = {"name": "lamb", "weight_decay": 0.0, "image": {"weight_decay": 0.1, "freeze": "all"}}
+    with pytest.raises(ConfigError, match="would be plain Adam"):
+        config_file.validate({**MINIMAL, "init": {"image": "w"}, "optim": optim}, "test")
+
+
+@pytest.mark.parametrize("freeze", ["none", -1, 1.5])
+def test_freezing_is_all_or_a_number_of_blocks(load, freeze):
+    with pytest.raises(ConfigError, match=r"optim\.image\.freeze"):
+        load(optim__image__freeze=freeze, init__image="w")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +291,7 @@ def test_errors_are_one_message_without_a_stack_trace(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({**MINIMAL, "sed": 1}))
     done = run("train", str(path))
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert done.stderr.startswith("error: ")
     assert "sed: unknown key; did you mean seed?" in done.stderr
     assert "Traceback" not in done.stderr

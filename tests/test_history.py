@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from evaclip.errors import EvaclipError
-from evaclip.history import History, load_history
+from evaclip.history import History, load_history, read_history, training_time
 
 
 @pytest.fixture
@@ -189,3 +189,23 @@ def test_rows_behind_a_damaged_one_and_rows_without_a_checkpoint_are_kept_aside(
     assert path.read_bytes() == b""
     assert (tmp_path / "metrics.jsonl.old").read_bytes() == whole
     assert "cut 3 rows after step 0; the file as it was is metrics.jsonl.old" in caplog.text
+
+
+def test_rows_are_yielded_one_by_one_up_to_a_torn_line(path):
+    filled(path, [10, 20]).close()
+    path.write_bytes(path.read_bytes() + b'{"step": 30, "samp')
+    rows = read_history(path)
+    assert next(rows)["step"] == 10
+    assert [row["step"] for row in rows] == [20]
+
+
+def test_training_time_is_samples_over_speed_and_rows_without_a_speed_add_none():
+    speed = "speed/samples_per_second"
+    rows = [
+        {"step": 0, "samples": 0, "eval/digits/top1": 0.1},
+        {"step": 10, "samples": 100, speed: 50.0},
+        {"step": 15, "samples": 150, "eval/digits/top1": 0.2},
+        {"step": 20, "samples": 200, speed: 25.0},
+        {"step": 30, "samples": 300, speed: None},
+    ]
+    assert training_time(rows) == [(0.0, 0.0), (100, 2.0), (200, 6.0)]

@@ -14,7 +14,7 @@ import pytest
 
 from evaclip import lock as module
 from evaclip.errors import ConfigError
-from evaclip.lock import lock
+from evaclip.lock import Holder, lock
 
 HOLDER = """
 import pathlib, sys, time
@@ -79,3 +79,33 @@ def test_a_folder_that_is_gone_is_an_error_and_leaves_no_lock_behind(tmp_path):
     with pytest.raises(FileNotFoundError):
         lock(tmp_path / "gone")
     assert not module._held.keys() & {tmp_path / "gone"}
+
+
+def test_who_holds_the_lock_can_be_asked_without_touching_it(tmp_path, monkeypatch):
+    assert module.holder(tmp_path) is None
+    with holder(tmp_path) as process:
+        found = module.holder(tmp_path)
+        assert found.alive
+        assert found.name.startswith(f"process {process.pid} on {platform.node()},")
+        process.kill()
+        process.wait()
+        assert module.holder(tmp_path) == Holder(found.name, alive=False)
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    assert module.holder(tmp_path) == Holder(found.name, alive=None)  # its node's locks may not reach here
+
+
+def test_asking_does_not_let_go_of_a_lock_of_ones_own(tmp_path):
+    lock(tmp_path)
+    assert module.holder(tmp_path).alive
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stderr=subprocess.PIPE, text=True) as process:
+        assert "another process trains in run_dir" in process.communicate(timeout=20)[1]
+
+
+def test_a_file_system_without_locks_does_not_tell_whether_the_holder_lives(tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_text("process 1 on here, since then")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
+    assert module.holder(tmp_path) == Holder("process 1 on here, since then", alive=None)

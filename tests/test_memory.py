@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from distributed.spawn import run_on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from evaclip.data.batch import Batch, PackedText
 from evaclip.engine import create_engine
 from evaclip.engine.prepare import prepare
 from evaclip.errors import ConfigError
+from evaclip.freezing import freeze
 from evaclip.loss import ContrastiveLoss
 from evaclip.memory import activation_bytes, advice, is_out_of_memory, state_bytes
 from evaclip.models.clip import create_model
@@ -25,9 +27,9 @@ GIB = 2**30
 TOKENS = 16
 
 
-def batch_of(samples):
+def batch_of(samples, side=16):
     text = PackedText.pack([[1] * TOKENS] * samples)
-    return Batch(torch.zeros(samples, 3, 16, 16, dtype=torch.uint8), text, torch.arange(samples))
+    return Batch(torch.zeros(samples, 3, side, side, dtype=torch.uint8), text, torch.arange(samples))
 
 
 # -------------------------------------------------------------------------------------------------------------- state
@@ -37,6 +39,8 @@ ENGINES = {
     **{f"zero{n}": {"engine__name": "deepspeed", "engine__zero_stage": n} for n in (1, 2, 3)},
 }
 HELD = [("torch", "bf16_weights"), ("zero1", "fp32"), ("zero2", "bf16_weights"), ("zero3", "fp32")]
+HELD = [(*case, frozen) for case in HELD for frozen in ("0", "all")]
+"""Engine, precision, and how much of the image tower does not learn."""
 WIDE = {"model__image__width": 256, "model__image__mlp_width": 512, "model__text__width": 16}
 
 
@@ -48,11 +52,13 @@ def storages():
 
 
 def held_in_backward(ranks, folder, *, changes):
-    """Number of parameters, and the bytes of all storages when they are most in the second of two backwards."""
+    """Number of parameters and of frozen ones; bytes of all storages when they are most in the second backward."""
     before = set(storages())
     config = tiny_config(folder, **changes)
     clip = create_model(config.model)
+    freeze(clip, config.optim)
     num_parameters = sum(p.numel() for p in clip.parameters())
+    num_frozen = sum(p.numel() for p in clip.parameters() if not p.requires_grad)
     engine = create_engine(config, clip, ContrastiveLoss(config.loss, CPU), ranks)
     seen = []
 
@@ -62,28 +68,33 @@ def held_in_backward(ranks, folder, *, changes):
     for last in (False, True):
         features = engine.forward(batch_of(2), last=last)
         if last:
-            for p in (clip.image.patch_embed.weight, clip.image.norm.weight, clip.text.position_embedding):
-                p.register_post_accumulate_grad_hook(look)
+            embeddings = (clip.image.patch_embed.weight, clip.text.position_embedding, clip.text.token_embedding.weight)
+            for p in (*embeddings, clip.image.norm.weight):
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(look)
         engine.backward(features.image.sum() + features.text.sum())
-    return num_parameters, max(seen)
+    return num_parameters, num_frozen, max(seen)
+
+
+def changes_of(engine, precision, frozen):
+    parts = {"optim__image__freeze": yaml.safe_load(frozen), "init__model": "unused"}
+    return {**ENGINES[engine], **WIDE, **parts, "train__precision": precision}
 
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
-    changes = {case: {**ENGINES[case[0]], **WIDE, "train__precision": case[1]} for case in HELD}
-    cases = {"_".join(case): partial(held_in_backward, changes=changes[case]) for case in HELD}
+    cases = {"_".join(case): partial(held_in_backward, changes=changes_of(*case)) for case in HELD}
     return run_on_ranks(2, cases, tmp_path_factory.mktemp("held"))
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("case", HELD, ids="_".join)
 def test_state_is_what_two_ranks_hold_in_backward(held, case):
-    engine, precision = case
-    config = tiny_config("unused", **ENGINES[engine], **WIDE, train__precision=precision)
-    for num_parameters, measured in held["_".join(case)]:
-        estimated = sum(state_bytes(num_parameters, config, 2))
-        if case == ("torch", "bf16_weights"):
-            estimated += 2 * num_parameters  # 16-bit gradients, which come as activations go
+    config = tiny_config("unused", **changes_of(*case))
+    for num_parameters, num_frozen, measured in held["_".join(case)]:
+        estimated = sum(state_bytes(num_parameters, config, 2, num_frozen))
+        if case[:2] == ("torch", "bf16_weights"):
+            estimated += 2 * (num_parameters - num_frozen)  # 16-bit gradients, which come as activations go
         # the rest is activations and the optimizer's buffer; one layout differs from another by 2 bytes per parameter
         assert 0 <= measured - estimated < num_parameters
 
@@ -113,6 +124,16 @@ def test_state_on_four_ranks(engine, precision, bytes_per_parameter):
     assert state == pytest.approx((expected[0], expected[1] + bucket, expected[2]))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_weights"])
+def test_what_is_frozen_is_stored_and_nothing_else(engine, precision):
+    config = tiny_config("unused", **ENGINES[engine], train__precision=precision)
+    part, whole = state_bytes(10**6, config, 4), state_bytes(5 * 10**6, config, 4, num_frozen=4 * 10**6)
+    stored = 2 if precision == "bf16_weights" else 4
+    assert whole.weights - part.weights == pytest.approx(4e6 * stored / (4 if engine == "zero3" else 1))
+    assert whole[1:] == part[1:]
+
+
 def test_offloaded_optimizer_leaves_weights_and_a_bucket_on_the_gpu():
     config = tiny_config("unused", **ENGINES["zero2"], engine__offload_optimizer=True, train__precision="bf16_weights")
     assert state_bytes(10**10, config, 4) == (2e10, 1e9, 0)
@@ -123,7 +144,9 @@ def test_offloaded_optimizer_leaves_weights_and_a_bucket_on_the_gpu():
 
 def saved_by_real_towers(config, samples):
     """Bytes that autograd saves in a forward on the CPU, each storage once, without parameters."""
-    towers = prepare(create_model(config.model), config.train, CPU)
+    clip = create_model(config.model)
+    freeze(clip, config.optim)
+    towers = prepare(clip, config.train, CPU)
     own = {p.untyped_storage().data_ptr() for p in towers.parameters()}
     found = {}
 
@@ -131,10 +154,10 @@ def saved_by_real_towers(config, samples):
         found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    batch = batch_of(samples)
+    batch = batch_of(samples, config.model.image.image_size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = towers(batch.images, batch.text, batch.seeds)
-    assert features.image.requires_grad
+    assert features.image.requires_grad or features.text.requires_grad
     return sum(storage.nbytes() for address, storage in found.items() if address not in own)
 
 
@@ -156,12 +179,61 @@ def test_activations_are_what_real_towers_save(precision, token_drop, changes):
     assert activation_bytes(config.model, config.train, TOKENS, on_gpu=False) == real
 
 
+@pytest.mark.parametrize("frozen", [("all", 4), (1, 1), (3, "all")])
+def test_activations_of_what_is_frozen_are_not_kept(frozen):
+    changes = {"optim__image__freeze": frozen[0], "optim__text__freeze": frozen[1], "init__model": "unused"}
+    config = tiny_config("unused", **DEEP, **changes, model__image__drop_path=0.3)
+    real = (saved_by_real_towers(config, 8) - saved_by_real_towers(config, 2)) / 6
+    assert activation_bytes(config.model, config.train, TOKENS, frozen=config.optim.frozen, on_gpu=False) == real
+
+
+def test_frozen_towers_keep_nothing_and_their_last_layers_little_with_checkpointed_blocks_too():
+    model = tiny_config("unused", **DEEP).model
+    train = TrainConfig(steps=1, global_batch=2, precision="bf16", activation_checkpointing=True)
+
+    def kept(image, text):
+        return activation_bytes(model, train, TOKENS, frozen=(image, text))
+
+    assert kept("all", "all") == 0
+    assert 0 < kept(3, "all") < 0.1 * kept(2, "all")
+
+
 def test_activations_under_autocast_are_what_real_towers_save():
     config = tiny_config("unused", **DEEP, train__precision="bf16")
     real = (saved_by_real_towers(config, 8) - saved_by_real_towers(config, 2)) / 6
     # Without storage, the CPU's LayerNorm of 16 bits keeps two statistics per token in 16 bits instead of 32.
     difference = 4 * (1 + config.model.image.kept_patches) * 2 * config.model.image.depth
     assert activation_bytes(config.model, config.train, TOKENS, on_gpu=False) == real - difference
+
+
+def timm_config(name, **changes):
+    drops = {"token_drop": 0.5} if name == "test_vit" else {}
+    image = {"kind": "timm", "model": name, "image_size": 32, "drop_path": 0.3, **drops}
+    return tiny_config("unused", model__image=image, **changes)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
+def test_activations_of_a_timm_tower_are_what_it_saves(name):
+    config = timm_config(name, train__precision="fp32")
+    real = (saved_by_real_towers(config, 8) - saved_by_real_towers(config, 2)) / 6
+    assert activation_bytes(config.model, config.train, TOKENS, on_gpu=False) == real
+
+
+def test_checkpointing_a_timm_tower_leaves_its_largest_block():
+    config = timm_config("test_convnext", train__activation_checkpointing=True, model__text__depth=1)
+    inputs = (saved_by_real_towers(config, 8) - saved_by_real_towers(config, 2)) / 6
+    found = {}
+
+    def keep(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    first = create_model(config.model).image.blocks[0]  # of most positions
+    own = {p.untyped_storage().data_ptr() for p in first.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        first(torch.zeros(1, 24, 8, 8, requires_grad=True))
+    largest = sum(storage.nbytes() for address, storage in found.items() if address not in own)
+    assert activation_bytes(config.model, config.train, TOKENS) - inputs == pytest.approx(largest, rel=0.05)
 
 
 def test_autocast_keeps_at_most_a_16_bit_copy_of_the_weights():
@@ -262,7 +334,6 @@ def test_advice_names_key_value_and_what_it_saves_the_largest_first():
         (ENGINES["zero3"], 8, "engine.zero_stage"),
         ({**ENGINES["zero2"], "train__compile": True}, 8, "engine.zero_stage"),  # ZeRO-3 would refuse compilation
         ({**ENGINES["zero1"], "train__precision": "bf16_weights"}, 8, "train.micro_batch"),  # would add up in 16 bits
-        ({"model__name": "EVA02-CLIP-B-16", "train__precision": "bf16"}, 8, "engine"),  # a bucket outweighs the shares
     ],
 )
 def test_advice_leaves_out_what_does_not_apply_or_saves_nothing(changes, world_size, absent):

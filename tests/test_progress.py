@@ -13,7 +13,7 @@ ROW = {
     "train/accuracy_image_to_text": 0.5,
     "speed/samples_per_second": 1234.4,
     "speed/data_wait_fraction": 0.031,
-    "lr/text": 1e-3,
+    "lr/logit_scale": 1e-3,
 }
 
 
@@ -25,6 +25,12 @@ class Terminal(io.StringIO):
 def test_a_log_line_shows_what_a_person_follows():
     assert summary(ROW) == "loss 2.3146, i2t 0.500, samples/s 1,234, wait 3%"
     assert summary({"step": 1, "samples": 8, "eval/digits/top1": 0.97}) == "eval/digits/top1 0.9700"
+
+
+@pytest.mark.parametrize(("rates", "shown"), [(("image", "text"), "0.002"), (("text",), "0.001")])
+def test_the_rate_is_that_of_the_image_tower_unless_it_has_none(rates, shown):
+    row = {f"lr/{name}": {"image": 2e-3, "text": 1e-3}[name] for name in rates}
+    assert summary(row) == f"lr {shown}"
 
 
 def test_the_bar_shows_loss_and_speed():

@@ -79,6 +79,14 @@ def test_recipes_run_on_as_many_gpus_as_the_published_runs(load, name):
     assert batch == gpus * run.train.micro_batch
 
 
+def test_lit_freezes_a_whole_published_image_tower_and_runs_on_one_to_eight_gpus(load):
+    run: RunConfig = load("lit_b16")
+    assert run.optim.frozen == ("all", 0)
+    assert (run.model.name, Path(str(run.init.image)).name) == ("EVA02-CLIP-B-16", "EVA02_CLIP_B_psz16_s8B.pt")
+    assert (run.init.text, run.model.image.token_drop, run.model.image.drop_path) == (None, 0.0, 0.0)
+    assert all(choose_slots(run.train.global_batch, gpus, run.data.slots) % gpus == 0 for gpus in (1, 2, 4, 8))
+
+
 # Width and feature channels of the text towers that recipes name, as their publishers give them.
 TEXT_TOWERS = {
     "clip-vit-base-patch16": (512, 12, 512),

@@ -1,4 +1,3 @@
-import json
 import math
 import os
 import pty
@@ -8,14 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from wandb_server import serving
+from wandb_server import KEY, as_in_the_file, environment, offline_files, read_back, serving, sync
 
 from evaclip.config import WandbConfig
 from evaclip.errors import ConfigError
 from evaclip.history import History, load_history
 from evaclip.tracking import Tracker
-
-KEY = "canary" * 8  # of a length that wandb accepts
 
 SESSION = """
 import os, signal, sys
@@ -41,16 +38,7 @@ tracker.finish()
 """
 
 
-@pytest.fixture(autouse=True)
-def nobody(tmp_path, monkeypatch):
-    """No key, no settings, no home: what a fresh machine knows of W&B."""
-    for name in os.environ:
-        if name.startswith("WANDB_") and name != "WANDB_SERVICE":  # that is how this process finds its own service
-            monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
 
 
 @pytest.fixture
@@ -60,36 +48,12 @@ def run_dir(tmp_path):
     return path
 
 
-def environment(**extra):
-    mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**mine, "WANDB_ERROR_REPORTING": "false", **extra}
-
-
 def session(run_dir, mode, *, attempt, restored, last, committed, end="finish", **kwargs):
     """Run a training session in a process of its own; returns it, ended."""
     command = [sys.executable, "-c", SESSION, str(run_dir), mode, *map(str, (attempt, restored, last, committed)), end]
     return subprocess.run(
         command, timeout=120, check=False, **{"stdin": subprocess.DEVNULL, "env": environment(), **kwargs}
     )
-
-
-def offline_files(run_dir):
-    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def read_back(file):
-    """Records of a run file, as wandb's own reader prints them."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    out = subprocess.run(
-        command, capture_output=True, check=True, text=True, env=environment(WANDB_MODE="offline"), cwd=file.parent
-    )
-    return [json.loads(line) for line in out.stdout.splitlines()]
-
-
-def as_in_the_file(row):
-    """A row of W&B's history as metrics.jsonl has it: without W&B's own fields, NaN as null."""
-    assert row["_step"] == row["step"]
-    return {name: None if value == "NaN" else value for name, value in row.items() if not name.startswith("_")}
 
 
 def offline_history(run_dir):
@@ -108,7 +72,7 @@ def tracked(run_dir, history, **config):
 
 def test_an_offline_run_file_holds_the_rows_of_the_history(run_dir):
     history = History(run_dir / "metrics.jsonl")
-    tracker = tracked(run_dir, history, name="smoke", project="clip", tags=("a", "b"))
+    tracker = tracked(run_dir, history, name="smoke", project="clip", group="sweep", tags=("a", "b"))
     history.write(0, 0, {"eval/digits/top1": 0.1})
     history.write(10, 2560, {"train/loss": 1 / 3, "train/skipped_steps": 0, "lr/image": 1e-17 / 3})
     history.write(20, 10**12, {"train/loss": math.nan, "train/grad_norm": math.inf})
@@ -125,7 +89,8 @@ def test_an_offline_run_file_holds_the_rows_of_the_history(run_dir):
     assert len(rows) == 3
     (run,) = [r["run"] for r in records if r["type"] == "run"]
     assert run["run_id"] == (run_dir / "wandb_run_id").read_text().strip()
-    assert (run["display_name"], run["project"], run["tags"]) == ("smoke", "clip", ["a", "b"])
+    assert (run["display_name"], run["project"], run["run_group"]) == ("smoke", "clip", "sweep")
+    assert run["tags"] == ["a", "b"]
     assert {name: v for name, v in run["config"]["update"].items() if name != "_wandb"} == {
         "seed": 1,
         "data": {"captions": {"json.x": 0.5}},
@@ -230,13 +195,14 @@ def test_a_damaged_run_id_is_replaced(run_dir, damage):
 BEREFT = """
 import os, signal, sys, time
 from pathlib import Path
-from evaclip.config import WandbConfig
+from evaclip.alerts import Alert
+from evaclip.config import CheckpointConfig, WandbConfig
 from evaclip.history import History
 from evaclip.tracking import Tracker
 
 run_dir = Path(sys.argv[1])
 history = History(run_dir / "metrics.jsonl")
-tracker = Tracker(run_dir, WandbConfig(mode="offline"), {"seed": 1}, history)
+tracker = Tracker(run_dir, WandbConfig(mode="offline", artifacts=True), {"seed": 1}, history)
 children = {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 services = [int(pid) for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 assert services
@@ -245,7 +211,10 @@ for pid in services:
 for step in range(100):
     history.write(step, step * 8, {"train/loss": 1.0})
     tracker.commit(history, step)
+    tracker.alert(Alert("a title", "a text"))
+    tracker.alert_restarts()
     time.sleep(0.01)
+tracker.log_checkpoints(run_dir / "checkpoints", CheckpointConfig())
 tracker.finish()
 print("trained to the end")
 tracker = Tracker(run_dir, WandbConfig(mode="offline"), {"seed": 1}, history)  # the next start, even in this process
@@ -312,11 +281,9 @@ def test_a_server_ahead_of_the_restored_step_gets_a_new_run(run_dir):
 
 def test_a_synced_run_that_continues_offline_gets_a_new_id(run_dir):
     with serving() as server:
-        env = environment(WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
 
         def synced():
-            command = [sys.executable, "-m", "wandb", "sync", "--yes", str(offline_files(run_dir)[0].parent)]
-            subprocess.run(command, check=True, capture_output=True, env=env, cwd=run_dir.parent)  # it leaves logs
+            sync(offline_files(run_dir)[:1], server, run_dir)
             return (run_dir / "wandb_run_id").read_text().strip()
 
         session(run_dir, "offline", attempt=1, restored=-1, last=3, committed=3)

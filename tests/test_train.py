@@ -22,20 +22,20 @@ from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
 from evaclip.data.shards import Shard, write_shards
 from evaclip.distributed import Ranks
-from evaclip.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingStoppedError
+from evaclip.errors import CheckpointError, ConfigError, DataError, EvaclipError, OutOfMemoryError, TrainingStoppedError
 from evaclip.history import load_history
 from evaclip.loss import ContrastiveLoss
+from evaclip.metrics import OF_THE_MACHINE
 from evaclip.run import open_run
 from evaclip.train import _loop, _reporting, train, train_on
 
 prepare = importlib.import_module("evaclip.engine.prepare")  # the package has a function of that name
-TIMED = ("speed/", "memory/")
 
 
 def rows(run_dir):
     """The history without what depends on the machine's speed."""
     history = load_history(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in history]
+    return [{name: value for name, value in row.items() if not name.startswith(OF_THE_MACHINE)} for row in history]
 
 
 def weights(run_dir):
@@ -93,6 +93,7 @@ def test_run_directory_holds_config_metrics_log_and_checkpoints(tmp_path):
         ".lock",
         "config.yaml",
         "metrics.jsonl",
+        "ranks.json",
         "log.txt",
         "checkpoints",
     }
@@ -146,7 +147,9 @@ def test_a_checkpoint_without_its_metadata_is_damage_and_not_a_fresh_start(tmp_p
 
 def test_another_model_or_data_order_is_refused_with_the_difference(tmp_path):
     train(tiny_config(tmp_path))
-    with pytest.raises(ConfigError, match=r"(?s)another model or data order.*model\.embed_dim: 16 -> 24.*seed: 0 -> 1"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)another model, data order or freezing.*model\.embed_dim: 16 -> 24.*seed: 0 -> 1"
+    ):
         train(tiny_config(tmp_path, model__embed_dim=24, seed=1))
 
 
@@ -217,7 +220,7 @@ def test_fewer_records_than_a_batch_are_refused(tmp_path):
 
 def test_run_dir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be written: .*; choose a folder that can be written"):
+    with pytest.raises(EvaclipError, match=r"cannot be written: .*; choose a folder that can be written"):
         train(tiny_config(tmp_path / "file" / "run"))
 
 
@@ -231,7 +234,7 @@ def test_endless_skipping_stops_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "place", "uses"),
     [
-        ({"train__activation_checkpointing": True}, (prepare, "checkpoint"), 4 * 4),  # steps x blocks
+        ({"train__activation_checkpointing": True}, (prepare, "checkpoint"), (1 + 4) * 4),  # trial and steps x blocks
         ({"train__compile": True}, (torch.nn.Module, "compile"), 2),  # the image tower's blocks
     ],
 )
@@ -350,7 +353,7 @@ def test_a_run_that_too_many_bad_records_stop_is_saved_and_goes_on_with_a_higher
     write_shards(tmp_path, records, 60)
     source = {"shards": str(tmp_path / "00000.tar")}
     options = {"train__steps": 6, "checkpoint__every_steps": 100}
-    with pytest.raises(DataError, match=r"more than data\.max_bad_fraction"):
+    with pytest.raises(TrainingStoppedError, match=r"more than data\.max_bad_fraction"):
         train(tiny_config(tmp_path / "run", source, **options))
     step = rows(tmp_path / "run")[-1]["step"]
     assert find_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
@@ -407,7 +410,7 @@ def test_checkpoints_within_a_streak_of_bad_steps_push_out_no_older_one(tmp_path
 
     def forward(self, image, text, ranks):
         output = original(self, image, text, ranks)
-        return output._replace(loss=output.loss * math.nan) if next(calls) >= 4 else output
+        return output._replace(loss=output.loss * math.nan) if next(calls) >= 1 + 4 else output  # after the trial
 
     calls = iter(range(100))
     monkeypatch.setattr(ContrastiveLoss, "forward", forward)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
-from evaclip import config_file
+from evaclip import checkpoint, config_file
+from evaclip.checkpoint_writer import CheckpointWriter
+from evaclip.distributed import Ranks
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
@@ -48,6 +52,19 @@ def merged(tree: dict, **changes) -> dict:
 def tiny_config(run_dir, source=SYNTHETIC, **changes):
     """A valid tiny configuration; ``section__key=value`` overrides."""
     return config_file.validate(merged(tiny_tree(run_dir, source), **changes), "test")
+
+
+def save_model(folder, model, weights, **changes):
+    """A checkpoint of a model section and its weights by name, as a run writes it, without moments."""
+    tree = {**tiny_tree(folder, SYNTHETIC), "model": model}
+    nothing = {field.name: {} for field in fields(checkpoint.RunState)}
+    shapes = {name: list(value.shape) for name, value in weights.items()}
+    progress = checkpoint.RunState(**{**nothing, "step": 7, "shapes": shapes})
+    entries = [checkpoint.Entry("weight", name, 0, value.detach().flatten()) for name, value in weights.items()]
+    writer = CheckpointWriter(
+        Path(folder) / "checkpoints", config_file.validate(merged(tree, **changes), "test"), Ranks()
+    )
+    return writer.save(progress, entries, final=True)
 
 
 def jpeg(colour, size=24, seed=0) -> bytes:

@@ -1,12 +1,16 @@
-"""As much of a W&B server as the client needs to start, resume and finish a run; keeps the history it is sent."""
+"""As much of a W&B server as the client needs for runs, their history, alerts and artifacts; keeps what it is sent."""
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+KEY = "canary" * 8  # of a length that wandb accepts
 OWNER = {"id": "P", "name": "evaclip", "entity": {"id": "E", "name": "me"}}
 
 
@@ -16,6 +20,11 @@ class WandbServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.lines = {}  # run id -> lines of its history
+        self.upserts = {}  # run id -> what its first session said of it
+        self.alerts = []
+        self.artifacts = {}  # id -> what its creation said, and its "manifest" when committed
+        self.uploads = {}  # path -> content
+        self.takes_artifacts = True
         self.finished = set()
         self.bodies = []  # everything it was sent, to look for secrets
 
@@ -38,11 +47,51 @@ class WandbServer(ThreadingHTTPServer):
             return {"model": {**OWNER, "bucket": self._bucket(run_id) if run_id in self.lines else None}}
         if name == "UpsertBucket":
             inserted = run_id not in self.lines
+            self.upserts.setdefault(run_id, variables)
             self.lines.setdefault(run_id, [])
             return {"upsertBucket": {"bucket": {**self._bucket(run_id), "project": OWNER}, "inserted": inserted}}
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"http://{host}/upload/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
+        if name == "NotifyScriptableRunAlert":
+            self.alerts.append(variables)
+            return {"notifyScriptableRunAlert": {"success": True}}
+        return self._answer_on_artifacts(name, variables, host)
+
+    def _answer_on_artifacts(self, name, variables, host):  # noqa: PLR0911  one per question
+        if name == "ArtifactType":
+            return {"project": {"artifact": None}}  # none of this name yet
+        if name == "CreateArtifact" and not self.takes_artifacts:
+            return {"createArtifact": None}
+        if name == "CreateArtifact":
+            number = f"A{len(self.artifacts)}"
+            self.artifacts[number] = {**variables["input"], "committed": False}
+            return {"createArtifact": {"artifact": {"id": number, "state": "PENDING", "artifactSequence": {}}}}
+        if name == "CreateArtifactManifest":
+            file = {"id": "F", "uploadUrl": f"http://{host}/manifest/{variables['artifactID']}", "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": "M", "file": file}}}
+        if name == "CreateArtifactFiles":
+            nodes = [
+                {
+                    "storagePath": f"wandb_artifact/{file['md5']}",
+                    "uploadUrl": f"http://{host}/artifact/{file['artifactID']}/{file['name']}",
+                    "uploadHeaders": [],
+                    "artifact": {"id": file["artifactID"]},
+                }
+                for file in variables["input"]["artifactFiles"]
+            ]
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if name == "CommitArtifact":
+            self.artifacts[variables["artifactID"]]["committed"] = True
+            return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
+        if name == "ArtifactByID":
+            created = self.artifacts[variables["id"]]
+            collection = {"__typename": "ArtifactSequence", "name": created["artifactCollectionName"], "project": None}
+            about = {"id": variables["id"], "artifactSequence": collection, "versionIndex": 0, "description": None}
+            about |= {"artifactType": {"name": created["artifactTypeName"]}, "metadata": None, "tags": []}
+            about |= {"ttlDurationSeconds": -2, "ttlIsInherited": True, "historyStep": None, "state": "COMMITTED"}
+            about |= {"size": 0, "digest": "d", "commitHash": None, "fileCount": 0, "createdAt": "2026-01-01T00:00:00Z"}
+            return {"artifact": {"__typename": "Artifact", **about, "updatedAt": None, "aliases": []}}
         return {}
 
     def _bucket(self, run_id):
@@ -80,6 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = {"data": self.server.answer(asked["query"], asked.get("variables") or {}, self.headers["Host"])}
         else:
             answer = {}
+            self.server.uploads[self.path] = body
             if self.path.endswith("/file_stream"):
                 self.server.stream(self.path.split("/")[-2], json.loads(body))
         content = json.dumps(answer).encode()
@@ -119,3 +169,35 @@ def serving():
         finally:
             server.shutdown()
             thread.join()
+
+
+def environment(**extra):
+    """This process's, without what it knows of W&B."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**mine, "WANDB_ERROR_REPORTING": "false", **extra}
+
+
+def offline_files(run_dir):
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def read_back(file):
+    """Records of a run file, as wandb's own reader prints them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    out = subprocess.run(
+        command, capture_output=True, check=True, text=True, env=environment(WANDB_MODE="offline"), cwd=file.parent
+    )
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def sync(files, server, run_dir):
+    """Upload offline run files, as a person does."""
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", *(str(file.parent) for file in files)]
+    env = environment(WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+    subprocess.run(command, check=True, capture_output=True, env=env, cwd=run_dir.parent)  # it leaves logs
+
+
+def as_in_the_file(row):
+    """A row of W&B's history as metrics.jsonl has it: without W&B's own fields, NaN as null."""
+    assert row["_step"] == row["step"]
+    return {name: None if value == "NaN" else value for name, value in row.items() if not name.startswith("_")}

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,7 +33,7 @@ from evaclip.data.images import load_eval
 from evaclip.distributed import Ranks
 from evaclip.errors import DataError, EvaclipError
 from evaclip.evaluation.datasets import captions_of, open_records
-from evaclip.history import Row, load_history
+from evaclip.history import Row, load_history, training_time
 
 SAMPLES = 24  # images shown of each evaluation set
 LARGEST_CONFUSION = 20  # classes of the largest confusion matrix that a page can show
@@ -119,18 +120,16 @@ def confusion(labels: Iterable[int], predictions: Iterable[int], classes: int) -
 def throughput(rows: Sequence[Row]) -> dict[str, float]:
     """Samples per second of training over the whole run, and the share of it spent waiting for data."""
     timed = [row for row in rows if row.get("speed/samples_per_second")]
-    ends = [_number(row, "samples") for row in timed]
-    took = [
-        (end - start) / _number(row, "speed/samples_per_second")
-        for row, start, end in zip(timed, [0.0, *ends], ends, strict=False)
-    ]
     if not timed:
         return {}
+    passed = training_time(timed)
+    took = [after - before for (_, before), (_, after) in pairwise(passed)]
     waited = sum(seconds * _number(row, "speed/data_wait_fraction") for row, seconds in zip(timed, took, strict=True))
+    samples, seconds = passed[-1]
     return {
-        "samples_per_second": ends[-1] / sum(took),
-        "training_seconds": sum(took),
-        "data_wait_fraction": waited / sum(took),
+        "samples_per_second": samples / seconds,
+        "training_seconds": seconds,
+        "data_wait_fraction": waited / seconds,
     }
 
 

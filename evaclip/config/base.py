@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
 URL_SCHEMES = ("http", "https", "s3", "gs")
 """Of remote shards."""
@@ -16,6 +16,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Colour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Level = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]
 
 
 def _expand(value: object) -> object:

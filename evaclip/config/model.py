@@ -7,19 +7,40 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from evaclip.config.base import Colour, Fraction, Section, tagged
+from evaclip.config.base import Colour, Fraction, Level, Section, tagged
 from evaclip.models.registry import ALIASES, PRESETS
 
 
-class ImageTowerConfig(Section):
+class ImageConfig(Section):
+    """What all image towers have."""
+
+    image_size: PositiveInt = 224
+    """Side of the square input, in pixels."""
+    token_drop: Fraction = 0.0
+    """Fraction of patches left out of every training sample (FLIP, arXiv:2212.00794)."""
+    drop_path: Fraction = 0.0
+    """Probability that a sample skips a branch of the last block in training, growing linearly with depth."""
+    mean: Level = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue in 0..1, subtracted from the pixels; CLIP's. Weights of timm may expect others."""
+    std: Colour = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of red, green and blue in 0..1, by which the pixels are divided; see mean."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Evaluation images: resize the shorter side and crop the centre, or resize both sides to the square."""
+
+    def kept_of(self, patches: int) -> int:
+        """How many of an image's patches a training sample keeps: round(N (1 - token_drop)), at least one."""
+        return max(1, round(patches * (1 - self.token_drop)))
+
+
+class ImageTowerConfig(ImageConfig):
     """A vision transformer.
 
     EVA-01 with the defaults, EVA-02 with rope, swiglu and sub_norm, 8B and 18B with rms_norm and fewer biases, OpenAI's
     with embed_norm and its own biases.
     """
 
-    image_size: PositiveInt = 224
-    """Side of the square input, in pixels."""
+    kind: Literal["eva"] = "eva"
+    """The tower: eva (vision transformers of EVA and OpenAI, by their shapes) or timm (a backbone of timm, by name)."""
     patch_size: PositiveInt = 16
     """Side of a square patch, in pixels."""
     width: PositiveInt = 768
@@ -53,16 +74,6 @@ class ImageTowerConfig(Section):
     """Norm after each branch instead of before it (EVA02-bigE)."""
     layer_scale: PositiveFloat | None = None
     """Initial value of a learned scale per channel on each branch; null leaves it out."""
-    token_drop: Fraction = 0.0
-    """Fraction of patches left out of every training sample (FLIP, arXiv:2212.00794)."""
-    drop_path: Fraction = 0.0
-    """Probability that a sample skips a branch of the last block in training, growing linearly with depth."""
-    mean: Colour = (0.48145466, 0.4578275, 0.40821073)
-    """Mean of red, green and blue in 0..1, subtracted from the pixels."""
-    std: Colour = (0.26862954, 0.26130258, 0.27577711)
-    """Standard deviation of red, green and blue in 0..1, by which the pixels are divided."""
-    resize: Literal["crop", "squash"] = "crop"
-    """Evaluation images: resize the shorter side and crop the centre, or resize both sides to the square."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ImageTowerConfig:
@@ -81,8 +92,25 @@ class ImageTowerConfig(Section):
 
     @property
     def kept_patches(self) -> int:
-        """Patches that a training sample keeps: round(N (1 - token_drop)), at least one."""
-        return max(1, round(self.grid**2 * (1 - self.token_drop)))
+        """Patches that a training sample keeps."""
+        return self.kept_of(self.grid**2)
+
+
+class TimmTowerConfig(ImageConfig):
+    """A backbone of timm. What is not here is as ``timm.create_model`` has it; nothing is downloaded."""
+
+    kind: Literal["timm"]
+    """The tower: eva (vision transformers of EVA and OpenAI, by their shapes) or timm (a backbone of timm, by name)."""
+    model: Annotated[str, Field(min_length=1)]
+    """Name of a timm model, as vit_base_patch16_siglip_224; needed with kind timm only."""
+    pool: str | None = None
+    """How a timm model pools its tokens or positions, timm's global_pool (token, avg, map ...); null: its own way."""
+    projection: Literal["head", "linear", "mlp", "none"] = "head"
+    """What brings a timm model's features into the common space: its own classifier (head), a linear layer without bias
+    or two layers behind it (linear, mlp), or nothing where it ends in embed_dim channels (none, as SigLIP)."""
+
+
+AnyImageTower = Annotated[ImageTowerConfig | TimmTowerConfig, Field(discriminator="kind"), tagged("kind", "eva")]
 
 
 class TextTowerConfig(Section):
@@ -117,7 +145,7 @@ class ModelConfig(Section):
     """A named model (EVA02-CLIP-B-16 ...) that gives the defaults of this section; other keys override it."""
     embed_dim: PositiveInt = 512
     """Channels of the features that both towers end in."""
-    image: ImageTowerConfig = ImageTowerConfig()
+    image: AnyImageTower = ImageTowerConfig()
     text: TextTowerConfig = TextTowerConfig()
 
     @model_validator(mode="before")
@@ -131,7 +159,19 @@ class ModelConfig(Section):
         name = ALIASES.get(section["name"], section["name"])
         if name not in PRESETS:
             raise ValueError(f"no model is named {name!r}; there are {', '.join(PRESETS)}")
+        if _kind(section.get("image")) == "timm":
+            raise ValueError(
+                f"{name} has an image tower of its own; leave model.name out with model.image.kind timm, "
+                f"and give model.embed_dim and model.text"
+            )
         return _merge(PRESETS[name], {**section, "name": name})
+
+
+def _kind(image: object) -> object:
+    """Of an image tower's section, given as plain data or not."""
+    return (
+        cast("Mapping[str, object]", image).get("kind") if isinstance(image, Mapping) else getattr(image, "kind", None)
+    )
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from pydantic import (
 
 from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
 from evaclip.config.data import DataConfig, EvalConfig
-from evaclip.config.model import InfoNceConfig, Loss, ModelConfig
+from evaclip.config.model import ImageTowerConfig, InfoNceConfig, Loss, ModelConfig
 from evaclip.metrics import EVAL_METRICS
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+Freeze = Literal["all"] | NonNegativeInt
+"""How much of a tower does not learn: its embeddings and so many blocks, or all of it; 0 is nothing."""
 
 
 class TowerOptimConfig(Section):
@@ -31,6 +35,8 @@ class TowerOptimConfig(Section):
     """Decoupled weight decay of matrices; vectors and position embeddings have none."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate per layer towards the input."""
+    freeze: Freeze = 0
+    """What does not learn: 0: nothing; N: the embeddings and the first N blocks; all: the whole tower (LiT)."""
 
 
 class OptimConfig(Section):
@@ -48,6 +54,11 @@ class OptimConfig(Section):
     """The gradient is scaled down to this global L2 norm; null does not clip."""
     image: TowerOptimConfig = TowerOptimConfig()
     text: TowerOptimConfig = TowerOptimConfig()
+
+    @property
+    def frozen(self) -> tuple[Freeze, Freeze]:
+        """How much of the image tower and of the text tower does not learn."""
+        return self.image.freeze, self.text.freeze
 
 
 class LambConfig(OptimConfig):
@@ -147,7 +158,8 @@ class InitConfig(Section):
     """
 
     image: FilePath | None = None
-    """Of the image tower: a MIM checkpoint, or a CLIP model's."""
+    """Of the image tower: a MIM checkpoint, or a CLIP model's; timm:NAME takes what timm has of a model, out of its
+    cache or from its hub."""
     image_format: WeightFormat | None = None
     """Format of ``image``: eva, open_clip, openai, timm, hf or evaclip; null: told by the keys."""
     text: FilePath | None = None
@@ -164,6 +176,8 @@ class InitConfig(Section):
         if self.model and (self.image or self.text):
             raise ValueError("init.model fills both towers; give either it, or init.image and init.text")
         for name in ("image", "text", "model"):
+            if getattr(self, name) == "":
+                raise ValueError(f"init.{name} is empty; name a file, or null for random weights")
             if getattr(self, f"{name}_format") and not getattr(self, name):
                 raise ValueError(f"init.{name}_format is set, but init.{name} is not")
         return self
@@ -199,6 +213,10 @@ class WandbConfig(Section):
     """Group of runs."""
     tags: tuple[str, ...] = ()
     """Tags of the run."""
+    alerts: bool = True
+    """Send alerts: skipped updates, unusable records, slow ranks, restarts and the end before the last step."""
+    artifacts: bool = False
+    """Upload the final and the best checkpoint when the run has ended."""
 
 
 class LogConfig(Section):
@@ -207,6 +225,35 @@ class LogConfig(Section):
     every_steps: PositiveInt = 10
     """Steps between rows of metrics; each publication waits for the device once."""
     wandb: WandbConfig = WandbConfig()
+
+
+class ClusterConfig(Section):
+    """What the cluster's launcher (launch/slurm.sh) does when something dies or falls silent."""
+
+    start_timeout_seconds: PositiveFloat = 1800.0
+    """A rank may give no sign of life for so long before its first update is done (indexes, weights, compilation), and
+    when all is done."""
+    step_timeout_seconds: PositiveFloat = 600.0
+    """The same in between; more than any step or checkpoint takes."""
+    node_timeout_seconds: PositiveFloat = 60.0
+    """A node may be silent for so long."""
+    min_nodes: PositiveInt | None = None
+    """Fewest nodes to go on with after others were lost; null: all of them, so that a lost one requeues the job."""
+    max_restarts: NonNegativeInt = 10
+    """Restarts in a row without a new checkpoint in between; after them the job ends."""
+    max_same_step: Annotated[int, Field(ge=2)] = 3
+    """The job ends when it has failed so many times in a row at the same step."""
+
+
+class ProfileConfig(Section):
+    """A look at where time and memory go."""
+
+    start_step: PositiveInt | None = None
+    """First step, as rows count them, of which rank 0 writes a trace; null: none."""
+    num_steps: PositiveInt = 3
+    """Steps that are traced."""
+    memory_history: bool = False
+    """Remember allocations with their stacks, for the snapshot that a GPU which runs out of memory leaves; slower."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -229,7 +276,9 @@ class RunConfig(Section):
     engine: Engine = TorchEngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -259,10 +308,35 @@ def _disagreements(run: RunConfig) -> list[str]:
             "train.compile breaks ZeRO-3's fetching of parameters block by block; "
             "use engine.zero_stage=2 or train.compile=false"
         )
+    found.extend(_freeze_problems(run))
+    if run.profile.start_step and run.profile.start_step > run.train.steps:
+        found.append(f"profile.start_step {run.profile.start_step} lies behind train.steps {run.train.steps}")
     if run.eval.every_steps and not run.eval.datasets:
         found.append("eval.every_steps is set, but eval.datasets is empty")
     if run.checkpoint.keep_best:
         found.extend(_best_problems(run, run.checkpoint.keep_best))
+    return found
+
+
+def _freeze_problems(run: RunConfig) -> list[str]:
+    """What is frozen but is not there, must learn, or would stay random."""
+    found: list[str] = []
+    image = (
+        run.model.image.depth if isinstance(run.model.image, ImageTowerConfig) else None
+    )  # timm's is known when built
+    towers = (("image", image, run.init.image), ("text", run.model.text.depth, run.init.text))
+    for (name, depth, weights), freeze in zip(towers, run.optim.frozen, strict=True):
+        if freeze != "all" and depth is not None and freeze > depth:
+            found.append(
+                f"optim.{name}.freeze {freeze} is more than the {depth} blocks of the {name} tower; "
+                f"give at most {depth}, or all"
+            )
+        if freeze and not (weights or run.init.model):
+            found.append(
+                f"optim.{name}.freeze {freeze} would freeze weights drawn at random; give init.{name} or init.model"
+            )
+    if run.optim.frozen == ("all", "all"):
+        found.append("optim.image.freeze all and optim.text.freeze all leave nothing to learn; lower one of them")
     return found
 
 
@@ -281,6 +355,6 @@ def _best_problems(run: RunConfig, best: str) -> list[str]:
 
 
 def _decays(optim: OptimConfig) -> bool:
-    """Whether any tower has weight decay."""
-    own = (optim.image.weight_decay, optim.text.weight_decay)
+    """Whether any tower that learns has weight decay."""
+    own = [tower.weight_decay for tower in (optim.image, optim.text) if tower.freeze != "all"]
     return any(optim.weight_decay if decay is None else decay for decay in own)

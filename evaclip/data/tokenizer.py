@@ -46,6 +46,7 @@ class Tokenizer:
 
     Attributes:
         context_length: Most ids of a caption, start and end included.
+        symbols: What each id stands for, without the special ones: bytes as letters, ``</w>`` at the end of a word.
         vocab_size: Number of ids.
         start: Id before every caption.
         end: Id behind every caption, also behind one that was cut.
@@ -56,16 +57,16 @@ class Tokenizer:
         self.context_length = context_length
         letters = _byte_letters()
         # Ids: 256 bytes, the same 256 as the last of a word, then every merge in the order of its rank.
-        self._symbols = [*letters.values(), *(f"{letter}</w>" for letter in letters.values())]
-        ids = {symbol: id_ for id_, symbol in enumerate(self._symbols)}
+        self.symbols = [*letters.values(), *(f"{letter}</w>" for letter in letters.values())]
+        ids = {symbol: id_ for id_, symbol in enumerate(self.symbols)}
         self._merges: dict[tuple[int, int], int] = {}
-        for left, right in _read_merges():
-            self._merges[ids[left], ids[right]] = ids[left + right] = len(self._symbols)
-            self._symbols.append(left + right)
+        for left, right in read_merges():
+            self._merges[ids[left], ids[right]] = ids[left + right] = len(self.symbols)
+            self.symbols.append(left + right)
         self._byte_ids = [ids[letters[byte]] for byte in range(256)]
         self._letter_bytes = {letter: byte for byte, letter in letters.items()}
-        self.start, self.end = len(self._symbols), len(self._symbols) + 1
-        self.vocab_size = len(self._symbols) + len(_SPECIAL)
+        self.start, self.end = len(self.symbols), len(self.symbols) + 1
+        self.vocab_size = len(self.symbols) + len(_SPECIAL)
         self._special_words: dict[str, tuple[int, ...]] = {_SPECIAL[0]: (self.start,), _SPECIAL[1]: (self.end,)}
         self._words = dict(self._special_words)
 
@@ -98,7 +99,7 @@ class Tokenizer:
         if outside:
             raise ValueError(f"ids {outside[:5]} are outside the vocabulary of {self.vocab_size}")
         spelled = bytearray()
-        for symbol in (self._symbols[id_] for id_ in ids if id_ < self.start):
+        for symbol in (self.symbols[id_] for id_ in ids if id_ < self.start):
             spelled += bytes(self._letter_bytes[letter] for letter in symbol.removesuffix("</w>"))
             spelled += b" " * symbol.endswith("</w>")
         return spelled.decode("utf-8", errors="replace").strip()
@@ -147,7 +148,7 @@ def _words(text: str) -> Iterator[str]:
     return (match[0] for match in _WORD.finditer(" ".join(text.split()).lower()))
 
 
-def _read_merges() -> Iterator[tuple[str, str]]:
+def read_merges() -> Iterator[tuple[str, str]]:
     """Pairs of symbols in the order of their rank."""
     packed = resources.files("evaclip.data").joinpath(_MERGES_FILE).read_bytes()
     for line in gzip.decompress(packed).decode().split("\n")[1 : 1 + _NUM_MERGES]:

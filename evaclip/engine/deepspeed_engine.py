@@ -25,8 +25,11 @@ with warnings.catch_warnings():
 # On CPUs DeepSpeed would compile an all-reduce through shared memory, for minutes and under a lock; nothing uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+_BUCKET = 500_000_000
+"""Numbers in the buffer through which gradients are reduced; DeepSpeed's own default."""
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -58,21 +61,24 @@ class DeepSpeedEngine:
         self._stage = config.zero_stage
         self._loss_scale = LossScale(optimizer, towers.autocast_dtype)
         optimizer.averaged_over = ranks.world_size
+        learning = sum(row.numel for row in optimizer.rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own uses of deprecated torch calls
             self._engine: Any = deepspeed.initialize(
                 model=towers,
                 optimizer=optimizer,
-                config=_settings(config, ranks.device, sixteen_bit=sixteen_bit, micro_batch=micro_batch),
+                config=_settings(
+                    config, ranks.device, sixteen_bit=sixteen_bit, micro_batch=micro_batch, learning=learning
+                ),
                 dist_init_required=False,
             )[0]
         row_of = {id(parameter): row for row, parameter in enumerate(parameters)}
         optimizer.bind(_spans(self._engine.optimizer, self._stage, row_of, ranks), sharded=True)
 
-    def forward(self, batch: Batch, *, last: bool) -> Features:
+    def forward(self, batch: Batch, *, last: bool, known: Features | None = None) -> Features:
         """See ``protocol.Engine.forward``."""
         self._engine.set_gradient_accumulation_boundary(last)
-        return self._engine(batch.images, batch.text, batch.seeds)
+        return self._engine(batch.images, batch.text, batch.seeds, known=known)
 
     def backward(self, surrogate: Tensor) -> None:
         """See ``protocol.Engine.backward``."""
@@ -103,13 +109,31 @@ class DeepSpeedEngine:
             parameter.all_gather(param_list=[parameter])
 
 
+def sharder(
+    config: DeepSpeedEngineConfig, ranks: Ranks, *, sixteen_bit: bool, micro_batch: int
+) -> Callable[[nn.Module], None]:
+    """What leaves each rank its ZeRO-3 share of a module's parameters, once they are set; rank 0's values are sent."""
+    settings = _settings(config, ranks.device, sixteen_bit=sixteen_bit, micro_batch=micro_batch, learning=1)
+    dtype = torch.bfloat16 if sixteen_bit else torch.float32
+    deepspeed.comm.init_distributed(dist_init_required=False)
+
+    def shard(module: nn.Module) -> None:
+        deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+
+    return shard
+
+
 def _settings(
-    config: DeepSpeedEngineConfig, device: torch.device, *, sixteen_bit: bool, micro_batch: int
+    config: DeepSpeedEngineConfig, device: torch.device, *, sixteen_bit: bool, micro_batch: int, learning: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; everything that it would do a second time is off."""
+    """DeepSpeed's configuration; everything that it would do a second time is off.
+
+    Its buffer for gradients takes no more numbers than there are.
+    """
     stage = config.zero_stage
     own_check = stage == 3 or config.offload_optimizer
     zero: dict[str, Any] = {"stage": stage, "sub_group_size": 10**15}
+    zero["reduce_bucket_size"] = min(_BUCKET, learning)
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     elif stage < 3:

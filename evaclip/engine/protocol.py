@@ -19,12 +19,13 @@ class Engine(Protocol):
     towers: PreparedTowers
     optimizer: TableOptimizer
 
-    def forward(self, batch: Batch, *, last: bool) -> Features:
+    def forward(self, batch: Batch, *, last: bool, known: Features | None = None) -> Features:
         """Features of a micro-batch of this rank's samples, with graph, under the run's precision.
 
         Args:
             batch: The samples.
             last: Whether this forward's backward is the last one before ``step``.
+            known: Features of these samples in this step; a tower that is frozen whole does not compute them again.
         """
         ...
 

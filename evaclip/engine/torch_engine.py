@@ -51,9 +51,9 @@ class TorchEngine:
         )
         self._loss_scale = LossScale(optimizer, towers.autocast_dtype)
 
-    def forward(self, batch: Batch, *, last: bool) -> Features:
+    def forward(self, batch: Batch, *, last: bool, known: Features | None = None) -> Features:
         """See ``protocol.Engine.forward``."""
-        return self.towers(batch.images, batch.text, batch.seeds)
+        return self.towers(batch.images, batch.text, batch.seeds, known=known)
 
     def backward(self, surrogate: Tensor) -> None:
         """See ``protocol.Engine.backward``."""

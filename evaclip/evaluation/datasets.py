@@ -17,7 +17,7 @@ from typing import NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
-from evaclip.config import IMAGE_KEYS, EvalDataset, ImageTowerConfig, ZeroShotDataset
+from evaclip.config import IMAGE_KEYS, EvalDataset, ImageConfig, ZeroShotDataset
 from evaclip.data.images import BadImageError, eval_crop, load_eval
 from evaclip.data.index import ensure_index
 from evaclip.data.shards import ShardSet, expand
@@ -109,7 +109,7 @@ def _folder_shards(root: Path, split: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- meanings
 
 
-def image_of(record: EvalRecord, config: ImageTowerConfig, max_pixels: int) -> UInt8[Tensor, "3 height width"]:
+def image_of(record: EvalRecord, config: ImageConfig, max_pixels: int) -> UInt8[Tensor, "3 height width"]:
     """The image, decoded in full and cropped as the model wants it.
 
     Raises:

@@ -18,13 +18,14 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from evaclip.config import ImageTowerConfig, ModelConfig
+from evaclip.config import ImageConfig, ModelConfig
 from evaclip.data.batch import PackedText
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.data.workers import loader
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
 from evaclip.evaluation.datasets import EvalRecord, Records, image_of
+from evaclip.heartbeat import beat
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class _Parsed(Dataset[Any]):
     """Images and parsed records by number; an error is a value, because workers wrap what they raise in a trace."""
 
     def __init__(
-        self, records: Records, tower: ImageTowerConfig, max_pixels: int, parse: Callable[[EvalRecord], Any]
+        self, records: Records, tower: ImageConfig, max_pixels: int, parse: Callable[[EvalRecord], Any]
     ) -> None:
         self.records, self.tower, self.max_pixels, self.parse = records, tower, max_pixels, parse
 
@@ -127,6 +128,7 @@ class Bench:
             with agreed(self.ranks):
                 if isinstance(loaded, DataError):
                     raise loaded
+            beat("evaluation")
             images, values = loaded
             # Not inference_mode: what an engine gathers or a module keeps here must stay usable in training.
             with torch.no_grad():
@@ -139,6 +141,7 @@ class Bench:
         """Normalised fp32 features of texts; every rank must give equally many."""
         features: list[Tensor] = []
         for part in in_batches(texts, self.batch):
+            beat("evaluation")
             packed = PackedText.pack(self.tokenizer(list(part))).to(self.ranks.device)
             with torch.no_grad():
                 features.append(self.encoder.encode_text(packed, normalize=True).float())

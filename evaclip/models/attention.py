@@ -96,13 +96,16 @@ def _packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return "varlen" if half and _VARLEN is not None and head_dim % 8 == 0 else "grouped"
 
 
-def kernel_name(device: torch.device | str, dtype: torch.dtype, text_head_dim: int = 64) -> str:
+def kernel_name(
+    device: torch.device | str, dtype: torch.dtype, text_head_dim: int = 64, *, own_images: bool = True
+) -> str:
     """What computes attention there, for the run log.
 
     Args:
         device: Where the towers run.
         dtype: That of queries, keys and values: autocast's, or that of the weights.
         text_head_dim: Channels of a text head; varlen attention takes multiples of 8.
+        own_images: Whether the image tower is ours; others do not come here for their attention.
     """
     device = torch.device(device)
     order = ", ".join(backend.name.removesuffix("_ATTENTION").lower() for backend in _CUDA_ORDER)
@@ -115,7 +118,7 @@ def kernel_name(device: torch.device | str, dtype: torch.dtype, text_head_dim: i
         "reference": "plain reference",
     }
     image, text = _dense_kernel(device, dtype), _packed_kernel(device, dtype, text_head_dim)
-    return f"image attention: {names[image]}; text attention: {names[text]}"
+    return f"image attention: {names[image] if own_images else 'as in timm'}; text attention: {names[text]}"
 
 
 # ------------------------------------------------------------------------------------------------------------ images

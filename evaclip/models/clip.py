@@ -5,18 +5,21 @@ The temperature is not here: the loss owns it. Neither is anything that depends 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from evaclip.config import ModelConfig
+from evaclip.config import ImageTowerConfig, ModelConfig
 from evaclip.data.batch import PackedText
 from evaclip.models.initial import initialise
 from evaclip.models.text import TextTower
 from evaclip.models.vision import ImageTower
+
+if TYPE_CHECKING:
+    from evaclip.models.timm_tower import TimmTower
 
 
 class Features(NamedTuple):
@@ -36,7 +39,7 @@ class CLIP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.image = ImageTower(config.image, config.embed_dim)
+        self.image = _image_tower(config)
         self.text = TextTower(config.text, config.embed_dim)
 
     def forward(
@@ -71,6 +74,14 @@ class CLIP(nn.Module):
         return _normalised(features) if normalize else at_least_fp32(features)
 
 
+def _image_tower(config: ModelConfig) -> ImageTower | TimmTower:
+    if isinstance(config.image, ImageTowerConfig):
+        return ImageTower(config.image, config.embed_dim)
+    from evaclip.models.timm_tower import TimmTower  # noqa: PLC0415  seconds, and not always needed
+
+    return TimmTower(config.image, config.embed_dim)
+
+
 def _normalised(features: Tensor) -> Tensor:
     """Unit vectors in fp32: cosines of 16-bit features, times a scale of 100, would come in steps of a half."""
     with torch.autocast(features.device.type, enabled=False):
@@ -82,18 +93,32 @@ def at_least_fp32(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def create_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> CLIP:
-    """A model with random weights in fp32.
+def empty_model(config: ModelConfig, device: torch.device | str = "cpu") -> CLIP:
+    """A model whose fp32 weights are allocated, but not set; what is computed and not learned is there."""
+    model = _allocated(config, device)
+    if not isinstance(model.image, ImageTower):
+        model.image.initialise(0)  # whose tables come with its weights
+    return model
 
-    It is built without memory, allocated once on its device, and initialised by ``models.initial``.
+
+def _allocated(config: ModelConfig, device: torch.device | str) -> CLIP:
+    """Built without memory, then allocated once on its device."""
+    with torch.device("meta"):
+        model = CLIP(config)
+    return model.to_empty(device=device)
+
+
+def create_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> CLIP:
+    """A model with random weights in fp32, as ``models.initial`` draws them, or timm.
 
     Args:
         config: Shapes of the towers.
         seed: The weights are a function of it and of the parameters' names.
         device: Where the model lives.
+
+    Raises:
+        ConfigError: timm has no such image tower, or it cannot be used as configured.
     """
-    with torch.device("meta"):
-        model = CLIP(config)
-    model.to_empty(device=device)
+    model = _allocated(config, device)
     initialise(model, config, seed)
     return model

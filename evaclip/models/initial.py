@@ -7,13 +7,17 @@ on device or rank. A name that no rule covers is an error, never a random accide
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from evaclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from evaclip.data.order import hash64, name_hash
+from evaclip.models.vision import ImageTower
+
+if TYPE_CHECKING:
+    from evaclip.models.clip import CLIP
 
 
 class Initial(NamedTuple):
@@ -33,7 +37,7 @@ def initial(config: ModelConfig, name: str) -> Initial | None:
     tower, _, inner = name.partition(".")
     block = re.match(r"blocks\.(\d+)\.", inner)
     inner = inner[block.end() :] if block else inner
-    if tower == "image":
+    if tower == "image" and isinstance(config.image, ImageTowerConfig):
         return (_image_block(config.image, int(block[1])) if block else _image(config.image)).get(inner)
     if tower == "text":
         return (_text_block(config.text) if block else _text(config.text)).get(inner)
@@ -119,25 +123,31 @@ def _text_block(config: TextTowerConfig) -> dict[str, Initial]:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw every parameter, on the CPU in fp32 whatever its device.
+def draw(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
+    """Fill a parameter of ``CLIP``; normal values are drawn on the CPU in fp32, whatever its device.
 
     Raises:
-        RuntimeError: A parameter was left as it was allocated, or drawn as NaN.
+        RuntimeError: No rule covers its name.
     """
-    for parameter in model.parameters():
-        parameter.fill_(torch.nan)
+    distribution = initial(config, name)
+    if distribution is None:
+        raise RuntimeError(f"{name} was not initialised; add a rule to evaclip/models/initial.py")
+    if distribution.std:
+        generator = torch.Generator("cpu").manual_seed(hash64(seed, name_hash(name)))
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        parameter.copy_(values.normal_(distribution.mean, distribution.std, generator=generator))
+    else:
+        parameter.fill_(distribution.mean)
+
+
+def initialise(model: CLIP, config: ModelConfig, seed: int) -> None:
+    """Draw every parameter; a tower of timm draws its own.
+
+    Raises:
+        RuntimeError: No rule covers one.
+    """
     for name, parameter in model.named_parameters():
-        distribution = initial(config, name)
-        if distribution is None:
-            continue
-        if distribution.std:
-            generator = torch.Generator("cpu").manual_seed(hash64(seed, name_hash(name)))
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(values.normal_(distribution.mean, distribution.std, generator=generator))
-        else:
-            parameter.fill_(distribution.mean)
-    left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
-    if left:
-        verb = "was" if len(left) == 1 else "were"
-        raise RuntimeError(f"{', '.join(left)} {verb} not initialised; add a rule to evaclip/models/initial.py")
+        if not name.startswith("image.") or isinstance(model.image, ImageTower):
+            draw(parameter, name, config, seed)
+    if not isinstance(model.image, ImageTower):
+        model.image.initialise(hash64(seed, name_hash("image")))

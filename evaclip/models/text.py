@@ -27,7 +27,12 @@ class TextTower(nn.Module):
     Args:
         config: Shape of the tower.
         embed_dim: Channels of the feature.
+
+    Attributes:
+        outlets: How the names of the parameters that lead into the common space begin.
     """
+
+    outlets = ("projection",)
 
     def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from evaclip.config import ImageTowerConfig
 from evaclip.models.attention import attention
 from evaclip.models.constant import Constant
+from evaclip.models.pixels import pixel_normalisation, require_images
 from evaclip.models.quick_gelu import quick_gelu
 from evaclip.models.rope import rotate, rotation_table
 from evaclip.models.token_drop import drop_path_scales, kept_patches
@@ -33,13 +34,18 @@ class ImageTower(nn.Module):
     Args:
         config: Shape and kind of the tower.
         embed_dim: Channels of the feature.
+
+    Attributes:
+        outlets: How the names of the parameters that lead into the common space begin.
     """
+
+    outlets = ("head.",)
 
     def __init__(self, config: ImageTowerConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
         num_patches = config.grid**2
-        self.pixels = Constant(_pixel_normalisation(config))
+        self.pixels = Constant(pixel_normalisation(config))
         self.patch_embed = PatchEmbedding(3 * config.patch_size**2, config.width, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.position_embedding = nn.Parameter(torch.empty(1 + num_patches, config.width))
@@ -65,18 +71,23 @@ class ImageTower(nn.Module):
         Raises:
             ValueError: Images of another size or dtype than the tower takes.
         """
-        self._check(images)
+        require_images(images, self.config.image_size)
         kept = None
         if seeds is not None and self.config.kept_patches < self.config.grid**2:
             kept = kept_patches(seeds, self.config.grid**2, self.config.kept_patches)
-        x = self.embed_norm(self._embed(images, kept))
-        rope = self._rotations(kept)
+        x = self.embed_norm(self.embed(images, kept))
+        rope = self.rotations(kept)
         scales = None if seeds is None or self.drop_path is None else drop_path_scales(seeds, self.drop_path.value)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, None if scales is None else scales[layer])
         return self.head(self.norm(x[:, 0]))
 
-    def _embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
+    @property
+    def description(self) -> str:
+        """For the log: what it drops."""
+        return f"keeps {self.config.kept_patches} of {self.config.grid**2} patches in training"
+
+    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Class token and patches with their positions: [batch, 1 + patches, width]."""
         grid, patch = self.config.grid, self.config.patch_size
         # (batch, 3, grid * patch, grid * patch) -> (batch, grid, grid, 3, patch, patch), a view
@@ -95,7 +106,7 @@ class ImageTower(nn.Module):
         first = (self.class_token + self.position_embedding[0]).expand(len(images), 1, -1)
         return torch.cat([first.to(tokens.dtype), tokens], dim=1)
 
-    def _rotations(self, kept: Tensor | None) -> Tensor | None:
+    def rotations(self, kept: Tensor | None = None) -> Tensor | None:
         """The table that all blocks share, its rows picked once: [2, batch or 1, 1 + patches, head_dim]."""
         if self.rope is None:
             return None
@@ -103,24 +114,10 @@ class ImageTower(nn.Module):
             return self.rope.value[:, None]
         return self.rope.value[:, F.pad(1 + kept, (1, 0))]  # row 0 is the class token
 
-    def _check(self, images: Tensor) -> None:
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images have shape {list(images.shape)}; this tower takes [batch, 3, {size}, {size}]")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; give uint8 pixels, or floats normalised by mean and std")
-
 
 def _norm(config: ImageTowerConfig, channels: int) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rms_norm" else nn.LayerNorm
     return kind(channels, eps=config.norm_eps)
-
-
-def _pixel_normalisation(config: ImageTowerConfig) -> Float[Tensor, "2 3 1 1"]:
-    """Gain and shift per colour: (pixel / 255 - mean) / std = pixel * gain + shift."""
-    mean = torch.tensor(config.mean, dtype=torch.float64, device="cpu")
-    std = torch.tensor(config.std, dtype=torch.float64, device="cpu")
-    return torch.stack([1 / (255 * std), -mean / std]).float()[..., None, None]
 
 
 class PatchEmbedding(nn.Linear):

@@ -21,9 +21,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_frac
 
 
 def learning_rates(optim: OptimConfig, factor: float) -> dict[str, float]:
-    """Learning rates as they are published, at a share of their peaks."""
-    return {
-        "lr/image": factor * (optim.image.lr or optim.lr),
-        "lr/text": factor * (optim.text.lr or optim.lr),
-        "lr/logit_scale": factor * optim.lr,
-    }
+    """Learning rates as they are published, at a share of their peaks; a tower that is frozen whole has none."""
+    towers = {"lr/image": optim.image, "lr/text": optim.text}
+    rates = {name: factor * (tower.lr or optim.lr) for name, tower in towers.items() if tower.freeze != "all"}
+    return {**rates, "lr/logit_scale": factor * optim.lr}

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.errors import WeightsError
+from evaclip.weights.origin import ABOUT, is_run, require_intact
 
 _WRAPPERS = ("model", "module", "state_dict", "model_ema", "state_dict_ema")
 """Keys under which tools keep the state dict; EVA's, DeepSpeed's, open_clip's and timm's. Averages come last."""
@@ -28,7 +32,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 """Of data-parallel wrappers and of compiled modules."""
 _NAMES = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
-    *("model.safetensors", "pytorch_model.bin"),
+    *("model.safetensors", "pytorch_model.bin", "eva_clip.pt"),
 )
 """Of weights in a folder, the first that is there."""
 SAFE_COPY = (
@@ -38,32 +42,108 @@ SAFE_COPY = (
     "torch.save({{k: v for k, v in c.items() if torch.is_tensor(v)}}, 'safe.pt')"
 )
 """What takes the tensors out of a file whose code one trusts."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TIMM = "timm:"
+"""Before the name of a model whose weights timm has."""
+_UNREADABLE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, struct.error),
+    *(RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+)
+"""What torch, pickle and safetensors raise where bytes are damaged."""
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All floating-point tensors of a file or folder by name, without wrappers and ``module.``.
+class StoredTensor(NamedTuple):
+    """A tensor that is read when it is asked for."""
 
-    A run directory or a checkpoint of ours is read too, after its checksums.
+    meta: Tensor
+    """Its shape and dtype, without memory."""
+    read: Callable[[], Tensor]
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors that need not be read, or that are mapped."""
+    return {name: StoredTensor(tensor.to("meta"), partial(_itself, tensor)) for name, tensor in tensors.items()}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def read_weights(path: str | Path) -> dict[str, StoredTensor]:
+    """All tensors of a file or folder by name, without wrappers and ``module.``.
+
+    A run directory or a checkpoint of ours is read too, after its checksums; ``timm:NAME`` is what timm has of a model,
+    out of its cache or from its hub.
 
     Raises:
         WeightsError: There is no such file, it cannot be read safely, or it holds no state dict.
     """
+    if is_of_timm(path):
+        return _of_timm(str(path).removeprefix(_TIMM))
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist")
     if path.is_dir():
+        if is_run(path):
+            return _of_run(path)
+        if (path / ABOUT).is_file():
+            require_intact(path)
         found = _read_folder(path)
     elif path.stat().st_size == 0:
         raise WeightsError(f"{path} is empty; copy it again")
     else:
         found = _read_file(path)
-    return _without_prefix(_tensors(found, path), path)
+    return in_memory(_without_prefix(_tensors(found, path), path))
+
+
+def is_of_timm(path: str | Path) -> bool:
+    """Whether this names a model of timm instead of a file."""
+    return str(path).startswith(_TIMM)
+
+
+def require_timm_name(path: str) -> None:
+    """Refuse a model that timm does not know.
+
+    Raises:
+        WeightsError: With its name.
+    """
+    import timm  # noqa: PLC0415  seconds, and rarely needed
+
+    name = path.removeprefix(_TIMM)
+    if ":" not in name and not timm.is_model(name):  # hf-hub:... is looked up when it is read
+        raise WeightsError(f"init: timm {timm.__version__} has no model {name}; timm.list_pretrained() has all")
+
+
+def _of_timm(name: str) -> dict[str, StoredTensor]:
+    """What timm loads into a model of its own, without what its files lack and it would draw."""
+    import timm  # noqa: PLC0415  seconds, and rarely needed
+    from timm.models import _builder as builder  # noqa: PLC0415  as above
+
+    load = builder.load_pretrained
+
+    def load_into_nothing(model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+        load(model, *arguments, **options)
+
+    try:
+        with patch.object(builder, "load_pretrained", load_into_nothing):  # timm does not say what it left as it was
+            model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise WeightsError(
+            f"{_TIMM}{name}: timm {timm.__version__} has no such weights here ({reason}); check the name "
+            f"(timm.list_pretrained()), or download them where there is a network and name the file"
+        ) from None
+    return in_memory({key: value for key, value in model.state_dict().items() if not value.isnan().any()})
+
+
+def _of_run(path: Path) -> dict[str, StoredTensor]:
+    reader = CheckpointReader(find_checkpoint(path))
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in reader.state.shapes.items()}
+    return {name: StoredTensor(meta, partial(reader.weight, name)) for name, meta in shapes.items()}
 
 
 def _read_folder(path: Path) -> Mapping[str, Any]:
-    if (path / "meta.json").exists() or (path / "checkpoints").is_dir():
-        return CheckpointReader(find_checkpoint(path)).weights()
     for name in _NAMES:
         if (path / name).exists():
             return _read_file(path / name)
@@ -90,8 +170,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         if start[:1] == b"\x80":
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        text = str(error)
+    except _UNREADABLE as error:
+        text = str(error) or type(error).__name__
         if "weights_only" in text or "Unsupported" in text:
             raise WeightsError(
                 f"{path} holds more than tensors, and loading that could run its code; where you trust it, make a safe "
@@ -126,9 +206,6 @@ def _tensors(found: object, path: Path) -> dict[str, Tensor]:
     if not tensors:
         keys = ", ".join(map(str, list(entries)[:5])) or type(found).__name__
         raise WeightsError(f"{path} holds no tensors by name; found {keys}")
-    for name, value in tensors.items():
-        if value.dtype not in _FLOATS and value.ndim > 1 and not name.endswith("position_ids"):
-            raise WeightsError(f"{path}: {name} is {value.dtype}; quantised weights cannot be read, use the originals")
     return tensors
 
 

@@ -23,7 +23,9 @@ class Rule(NamedTuple):
     ours: tuple[str, ...]
     """Joined along the first dimension, they equal ..."""
     theirs: tuple[tuple[str, ...], ...]
-    """... these, joined too: the first alternative that is there, and the first of all when writing. Empty: unknown."""
+    """... these, joined too: the first alternative that is there, and the first of all when writing. Empty: unknown.
+
+    EVA-02's towers, whose queries, keys and values lie apart, have that alternative first."""
     transposed: bool = False
     """Theirs is the transpose of ours."""
     added: int = 0
@@ -193,8 +195,14 @@ def rules(tower: TowerName, layout: Layout, names: Iterable[str]) -> list[Rule]:
     Returns:
         Rules that cover every name once.
     """
+    names = list(names)
     if layout == "ours":
         return [Rule((name,), ((name,),)) for name in names]
+    if tower == "image" and layout in ("openai", "hf") and "embed_norm.weight" not in names:
+        return [Rule((name,), ()) for name in names]  # theirs always have that norm
+    if any(name.startswith("trunk.") for name in names):  # a tower of timm, which has timm's names and no others
+        known = layout == "timm"
+        return [Rule((n,), ((n.removeprefix("trunk."),),) if known and n.startswith("trunk.") else ()) for n in names]
     table, found = _TABLES[tower, layout], []
     left = dict.fromkeys(names)
     for name in list(left):
@@ -222,6 +230,10 @@ def _rule(table: _Table, name: str, names: Mapping[str, None]) -> Rule:
         theirs = _alternatives(entries[module], prefix, f".{leaf}")
     else:
         theirs = ()
+    if inner.startswith("mlp.w12.") and table is _TIMM and f"{own_prefix}mlp.norm.weight" not in names:
+        theirs = tuple(sorted(theirs, key=len))  # timm packs both into one where no norm follows
+    if f"{own_prefix}attn.norm.weight" in names:
+        theirs = tuple(sorted(theirs, key=lambda keys: not re.search("[qv]_proj", keys[0])))
     return Rule(
         (name,), theirs, inner in table.transposed, table.added.get(inner, 0), patch=name == "patch_embed.weight"
     )

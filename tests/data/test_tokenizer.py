@@ -135,7 +135,7 @@ def test_vocabulary_is_clips(tokenizer):
 def test_heap_order_is_rank_order(tokenizer):
     # A merge never comes before the merges of its parts: so pairs that a merge creates rank behind it.
     assert all(merged > max(pair) for pair, merged in tokenizer._merges.items())
-    assert len(set(tokenizer._symbols)) == len(tokenizer._symbols)
+    assert len(set(tokenizer.symbols)) == len(tokenizer.symbols)
 
 
 @pytest.mark.parametrize("context_length", [2, 3, 8, 77])

@@ -458,7 +458,7 @@ def terminated(ranks: Ranks, folder: Path) -> list[str]:
         calls = iter(range(100))
 
         def forward(self: ContrastiveLoss, *arguments: Any) -> Any:
-            if next(calls) == 2:
+            if next(calls) == 1 + 2:  # after the trial
                 signal.raise_signal(signal.SIGTERM)
             return original(self, *arguments)
 

@@ -63,7 +63,7 @@ class EvaClipEngine:
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )[0]
 
-    def forward(self, batch: Batch, *, last: bool) -> Features:
+    def forward(self, batch: Batch, *, last: bool, known: Features | None = None) -> Features:
         return self._engine(batch.images, batch.text, batch.seeds)
 
     def backward(self, surrogate: Tensor) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from evaclip.checkpoint import CheckpointReader, Entry, find_checkpoint
 from evaclip.history import Row, load_history
-
-TIMED = ("speed/", "memory/")  # what depends on the machine
+from evaclip.metrics import OF_THE_MACHINE
 
 
 def tensors(run_dir: Path) -> dict[tuple[str, str], Tensor]:
@@ -29,7 +28,7 @@ def tensors(run_dir: Path) -> dict[tuple[str, str], Tensor]:
 def rows(run_dir: Path) -> list[Row]:
     """The history without times and rates."""
     history = load_history(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in history]
+    return [{name: value for name, value in row.items() if not name.startswith(OF_THE_MACHINE)} for row in history]
 
 
 def different(one: dict[tuple[str, str], Tensor], other: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:

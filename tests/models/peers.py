@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import torch
+from timm.layers import RmsNorm
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from evaclip.config import ImageTowerConfig
 from evaclip.models.text import TextTower
 from evaclip.models.vision import ImageTower
 
@@ -29,6 +32,30 @@ _TEXT_NAMES = [
     (r"mlp\.fc2\.", "mlp.c_proj."),
     (r"^projection$", "text_projection"),
 ]
+
+
+def timm_eva(config: ImageTowerConfig, embed_dim: int) -> Eva:
+    """timm's tower of the same shape."""
+    return Eva(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm truncates width * ratio
+        swiglu_mlp=config.mlp == "swiglu",
+        scale_mlp=config.sub_norm,
+        scale_attn_inner=config.sub_norm,
+        qkv_fused=not config.sub_norm,
+        qkv_bias=config.qkv_bias != "none",
+        use_rot_pos_emb=config.rope,
+        ref_feat_shape=(16, 16),
+        use_post_norm=config.post_norm,
+        init_values=config.layer_scale,
+        global_pool="token",
+        num_classes=embed_dim,
+        **({"norm_layer": RmsNorm} if config.norm == "rms_norm" else {}),
+    )
 
 
 def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
@@ -82,11 +109,11 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def shake(module: nn.Module, seed: int = 0) -> None:
+def shake(module: nn.Module, seed: int = 0, std: float = 0.02) -> None:
     """Move every parameter at random: zero biases and unit gains would hide that they are used wrongly."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.add_(torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
+        parameter.add_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
 
 @torch.no_grad()

@@ -93,6 +93,8 @@ def test_kernel_name_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         seam.kernel_name("cpu", torch.float32) == f"image attention: torch SDPA; text attention: torch SDPA, {grouped}"
     )
     assert seam.kernel_name("cuda", torch.float32) == f"image attention: {order}; text attention: {order}, {grouped}"
+    foreign = seam.kernel_name("cuda", torch.float32, own_images=False)
+    assert foreign == f"image attention: as in timm; text attention: {order}, {grouped}"
     varlen = seam.kernel_name("cuda", torch.bfloat16)
     assert varlen == f"image attention: {order}; text attention: torch varlen_attn (flash)"
     assert seam.kernel_name("cuda", torch.bfloat16, text_head_dim=20).endswith(grouped)

@@ -84,27 +84,6 @@ def test_base_model_equals_open_clips_end_to_end() -> None:
             assert cosine > 0.99999, f"{name}: {cosine}"
 
 
-COUNTS = {
-    "EVA01-CLIP-B-16": (86_201_600, 63_428_096),
-    "EVA01-CLIP-g-14": (1_012_588_928, 123_846_912),
-    "EVA01-CLIP-g-14-plus": (1_012_588_928, 354_032_640),
-    "EVA02-CLIP-B-16": (86_263_040, 63_428_096),
-    "EVA02-CLIP-L-14": (304_105_152, 123_650_304),
-    "EVA02-CLIP-L-14-336": (304_432_832, 123_650_304),
-    "EVA02-CLIP-bigE-14": (4_350_556_928, 354_032_640),
-    "EVA02-CLIP-bigE-14-plus": (4_350_556_928, 694_332_160),
-}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_named_models_have_as_many_parameters_as_the_published_ones(name: str) -> None:
-    with torch.device("meta"):
-        model = CLIP(ModelConfig(name=name))
-    counts = tuple(sum(p.numel() for p in tower.parameters()) for tower in (model.image, model.text))
-    assert counts == COUNTS[name]
-    assert sum(counts) == sum(p.numel() for p in model.parameters())
-
-
 # ---------------------------------------------------------------------------------------------------------- features
 
 
@@ -218,9 +197,6 @@ def test_a_parameter_without_a_rule_is_an_error_that_names_it() -> None:
     model = CLIP(CONFIG)
     model.image.extra = nn.Parameter(torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"^image.extra was not initialised; add a rule to evaclip/models/initial"):
-        initialise(model, CONFIG, seed=0)
-    model.adapter = nn.Linear(2, 2, bias=False)
-    with pytest.raises(RuntimeError, match=r"^image.extra, adapter.weight were not initialised"):
         initialise(model, CONFIG, seed=0)
 
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from peers import gradients, largest_relative_difference, load_image, noise, shake, timm_tensors, weights
-from timm.models.eva import Eva
+from peers import gradients, largest_relative_difference, load_image, noise, shake, timm_eva, timm_tensors, weights
 from torch import Tensor
 
 from evaclip.config import ImageTowerConfig, ModelConfig
@@ -32,27 +31,6 @@ def pixels(batch: int, size: int, seed: int = 0) -> Tensor:
 def normalised(images: Tensor, config: ImageTowerConfig) -> Tensor:
     mean, std = (torch.tensor(colour)[:, None, None] for colour in (config.mean, config.std))
     return (images.float() / 255 - mean) / std
-
-
-def timm_eva(config: ImageTowerConfig, embed_dim: int) -> Eva:
-    return Eva(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm truncates width * ratio
-        swiglu_mlp=config.mlp == "swiglu",
-        scale_mlp=config.sub_norm,
-        scale_attn_inner=config.sub_norm,
-        qkv_fused=not config.sub_norm,
-        use_rot_pos_emb=config.rope,
-        ref_feat_shape=(16, 16),
-        use_post_norm=config.post_norm,
-        init_values=config.layer_scale,
-        global_pool="token",
-        num_classes=embed_dim,
-    )
 
 
 KINDS = {
@@ -162,8 +140,8 @@ def test_drop_path_skips_or_enlarges_whole_branches(kind: str) -> None:
     scales = drop_path_scales(seeds, torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64))
     expected = []
     for sample in range(8):  # the same blocks, a branch at a time
-        x = tower._embed(images[sample : sample + 1], None)
-        rope = tower._rotations(None)
+        x = tower.embed(images[sample : sample + 1])
+        rope = tower.rotations()
         for block, (first, second) in zip(tower.blocks, scales[:, :, sample], strict=True):
             once = block(x, rope, torch.tensor([[1.0], [0.0]]))
             x = x + first * (once - x)
@@ -177,7 +155,7 @@ def test_drop_path_skips_or_enlarges_whole_branches(kind: str) -> None:
 def test_a_skipped_branch_leaves_its_input_and_gets_no_gradient() -> None:
     tower = make_tower(**SMALL, **EVA02)
     x = noise(2, 17, 32)
-    block, rope = tower.blocks[0], tower._rotations(None)
+    block, rope = tower.blocks[0], tower.rotations()
     out = block(x, rope, torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
     out.sum().backward()
     assert torch.equal(out, x)

@@ -1,6 +1,7 @@
 import pytest
 
-from evaclip.optim.schedule import learning_rate_factor
+from evaclip.config import LambConfig
+from evaclip.optim.schedule import learning_rate_factor, learning_rates
 
 
 def curve(**options):
@@ -23,3 +24,9 @@ def test_cosine_falls_to_the_floor_at_the_last_step():
 @pytest.mark.parametrize("steps", [1, 2])
 def test_short_runs_have_a_schedule_too(steps):
     assert all(0 <= factor <= 1 for factor in curve(steps=steps, warmup_steps=steps - 1, final_fraction=0.0))
+
+
+def test_a_tower_that_is_frozen_whole_has_no_learning_rate():
+    optim = {"lr": 1e-3, "image": {"lr": 2e-3, "freeze": "all"}, "text": {"lr": 4e-3, "freeze": 1}}
+    rates = learning_rates(LambConfig.model_validate(optim), 0.5)
+    assert rates == {"lr/text": 2e-3, "lr/logit_scale": 5e-4}

@@ -5,7 +5,7 @@ import torch
 
 from evaclip.config import AdamWConfig, LambConfig, LossConfig, ModelConfig
 from evaclip.models.clip import CLIP
-from evaclip.optim.table import layer_of, parameter_table, summary
+from evaclip.optim.table import is_frozen, layer_of, parameter_table, summary
 
 MODEL = ModelConfig.model_validate(
     {
@@ -86,7 +86,34 @@ def test_layers_are_counted_from_the_embeddings():
     assert [layer_of(name, 12) for name in names] == [0, 1, 12, 13, 13]
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_embeddings_and_blocks_up_to_a_depth_are_frozen(depth):
+    optim = LambConfig.model_validate({"image": {"freeze": depth}})
+    frozen = {name for name in shapes() if name != "logit_scale" and is_frozen(name, optim, MODEL)}
+    kinds = ("image.patch_embed.", "image.class_token", "image.position_embedding", "image.embed_norm.")
+    expected = (*kinds, *(f"image.blocks.{block}." for block in range(depth)))
+    assert frozen == {name for name in shapes() if name.startswith(expected)}
+    assert len(frozen) > depth * 10
+
+
+def test_a_whole_tower_is_frozen_or_nothing():
+    names = [name for name in shapes() if name != "logit_scale"]
+    whole = LambConfig.model_validate({"text": {"freeze": "all"}})
+    assert {name for name in names if is_frozen(name, whole, MODEL)} == {n for n in names if n.startswith("text.")}
+    assert not any(is_frozen(name, LambConfig(), MODEL) for name in names)
+
+
+def test_what_belongs_to_no_tower_cannot_be_frozen():
+    with pytest.raises(ValueError, match=r"belongs to no tower; name its rule in optim/table\.py"):
+        is_frozen("audio.head.weight", LambConfig(), MODEL)
+
+
 def test_description_accounts_for_every_parameter():
     rows = parameter_table(shapes(), LambConfig(), MODEL, LossConfig())
-    lines = summary(rows)
+    learning, frozen = rows[:-5], {row.name: row.shape for row in rows[-5:]}
+    lines = summary(learning, frozen)
     assert sum(int(line.split(" tensors")[0].split()[-1]) for line in lines) == len(rows)
+    told = sum(int(line.split()[-2].replace(",", "")) for line in lines)
+    assert told == sum(row.numel for row in rows)
+    assert [line.split()[:2] for line in lines[-2:]] == [["text", "frozen"], ["logit_scale", "frozen"]]
+    assert len({line.index(" tensors") for line in lines}) == 1, "aligned"

@@ -56,6 +56,13 @@ def test_one_tower_alone_leaves_the_other_as_it_was_drawn(tmp_path: Path, traine
     assert all(same(value, expected[name]) for name, value in weights(tmp_path / "fork").items())
 
 
+def test_weights_of_a_run_with_other_options_are_refused(tmp_path: Path, trained: Path) -> None:
+    for init in ("init__model", "init__image"):
+        changed = {init: str(trained), "model__image__rope": False, "model__image__heads": 4}
+        with pytest.raises(WeightsError, match=r"was trained with other options; set model\.image\.heads=2 \(now 4\)"):
+            train(tiny_config(tmp_path / init, **changed))
+
+
 def test_a_continued_run_does_not_look_at_the_file(tmp_path: Path, trained: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(trained, source)
@@ -76,5 +83,7 @@ def test_another_model_and_contradictions_are_refused(tmp_path: Path, trained: P
         train(tiny_config(tmp_path / "fork", init__model=str(trained), model__image__width=64))
     with pytest.raises(ConfigError, match=r"give either it, or init\.image and init\.text"):
         tiny_config(tmp_path, init__model="a", init__image="b")
+    with pytest.raises(ConfigError, match=r"init\.image is empty; name a file, or null"):
+        tiny_config(tmp_path, init__image="")
     with pytest.raises(ConfigError, match=r"init\.text_format is set, but init\.text is not"):
         tiny_config(tmp_path, init__text_format="hf")

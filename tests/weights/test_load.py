@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from models.peers import captions, noise, padded, shake
+from models.peers import captions, noise, padded, shake, timm_eva
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 from timm.layers.patch_embed import resample_patch_embed
@@ -37,32 +37,12 @@ def tiny(kind: str, **image: Any) -> CLIP:
     return create_model(ModelConfig.model_validate({"name": f"tiny-{kind}", "image": image}), seed=1)
 
 
-def timm_eva(kind: str) -> nn.Module:
+def peer_of(kind: str) -> nn.Module:
     """timm's tower of the tiny model of a kind, with weights that are not ours."""
-    config = ModelConfig(name=f"tiny-{kind}").image
-    rms = config.norm == "rms_norm"
-    peer = eva.Eva(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=(config.mlp_width + 0.5) / config.width,
-        swiglu_mlp=config.mlp == "swiglu",
-        scale_mlp=config.sub_norm,
-        scale_attn_inner=config.sub_norm,
-        qkv_fused=not config.sub_norm,
-        qkv_bias=config.qkv_bias != "none",
-        use_rot_pos_emb=config.rope,
-        ref_feat_shape=(16, 16),
-        use_post_norm=config.post_norm,
-        init_values=config.layer_scale,
-        global_pool="token",
-        num_classes=24,
-        **({"norm_layer": timm.layers.RmsNorm} if rms else {}),
-    )
+    config = ModelConfig(name=f"tiny-{kind}")
+    peer = timm_eva(config.image, config.embed_dim)
     shake(peer)
-    if rms:
+    if not config.image.head_bias:
         nn.init.zeros_(peer.head.bias)  # timm's heads always have one
     return peer.eval()
 
@@ -90,7 +70,7 @@ def under_evas_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_these_tests_name_evas_tensors_as_timm_reads_them() -> None:
-    peer = timm_eva("EVA02")
+    peer = peer_of("EVA02")
     again = eva.checkpoint_filter_fn(under_evas_names(peer.state_dict()), peer)
     assert again.keys() == peer.state_dict().keys()
 
@@ -98,7 +78,7 @@ def test_these_tests_name_evas_tensors_as_timm_reads_them() -> None:
 @pytest.mark.parametrize("prefix", ["", "visual.trunk."])
 @pytest.mark.parametrize("kind", ["EVA01", "EVA02", "E", "8B", "18B"])
 def test_image_towers_of_timm_give_the_same_features_and_gradients(kind: str, prefix: str) -> None:
-    peer, model = timm_eva(kind), tiny(kind)
+    peer, model = peer_of(kind), tiny(kind)
     tensors = {f"{prefix}{name}": value for name, value in peer.state_dict().items()}
     report = load_tower(model.image, "image", tensors, "peer", alone=False)
     assert (report.initialised, report.resized) == ([], [])
@@ -116,7 +96,7 @@ def test_image_towers_of_timm_give_the_same_features_and_gradients(kind: str, pr
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("prefix", ["", "visual."])
 def test_masked_image_models_of_eva_fill_all_but_head_and_inner_norms(prefix: str, fused: bool) -> None:
-    peer, model = timm_eva("EVA02"), tiny("EVA02")
+    peer, model = peer_of("EVA02"), tiny("EVA02")
     tensors = under_evas_names(peer.state_dict())
     for name in list(tensors):
         if "inner_attn_ln" in name or name.startswith("head."):
@@ -194,17 +174,33 @@ def test_a_folder_of_transformers_gives_the_same_features_and_temperature(tmp_pa
     assert loss.similarity[0] == pytest.approx(peer.logit_scale.detach().exp().item(), rel=1e-6)
 
 
-def test_a_model_of_transformers_with_another_activation_is_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"vision_config": {}, "text_config": {"hidden_act": "gelu"}}')
-    loss = ContrastiveLoss(InfoNceConfig(), CPU)
-    with pytest.raises(WeightsError, match=r"trained with gelu in its text tower, this model has quick_gelu"):
-        initialise_from(InitConfig(model=str(tmp_path)), tiny("ViT"), loss, 100.0)
+def test_another_activation_than_a_folder_tells_is_refused_and_told_of_a_tower_alone(tmp_path: Path) -> None:
+    peer = tiny_open_clip()
+    save_file(peer.state_dict(), tmp_path / "open_clip_model.safetensors")
+    cases = {
+        "config.json": '{"vision_config": {}, "text_config": {}}',  # of transformers, which has quick_gelu by default
+        "open_clip_config.json": '{"model_cfg": {"quick_gelu": true, "vision_cfg": {}}}',
+    }
+    for name, text in cases.items():
+        (tmp_path / name).write_text(text)
+        loss, model = ContrastiveLoss(InfoNceConfig(), CPU), tiny("ViT", mlp="gelu")
+        message = r"was trained with other options; set model\.image\.mlp=quick_gelu \(now gelu\)"
+        with pytest.raises(WeightsError, match=message):
+            initialise_from(InitConfig(model=str(tmp_path)), model, loss, 100.0)
+        (report,) = initialise_from(InitConfig(image=str(tmp_path)), model, loss, 100.0)
+        assert report.lines()[-1] == "image: was trained with quick_gelu and has gelu here, as configured"
+        (tmp_path / name).unlink()
+
+
+def test_a_bias_that_the_loss_has_not_is_told(tmp_path: Path) -> None:
+    init = InitConfig(model=eva_clip(tmp_path, logit_bias=torch.tensor(-9.0)))
+    reports = initialise_from(init, tiny("EVA02"), ContrastiveLoss(InfoNceConfig(), CPU), 100.0)
+    assert reports[-1].unused == ["logit_bias (this loss has none)"]
 
 
 def eva_clip(path: Path, **changes: Tensor) -> str:
     """A published EVA-CLIP file: flat, both towers, rotary tables, temperature."""
-    tensors = {f"visual.{name}": value for name, value in under_evas_names(timm_eva("EVA02").state_dict()).items()}
+    tensors = {f"visual.{name}": value for name, value in under_evas_names(peer_of("EVA02").state_dict()).items()}
     text = tiny_open_clip(open_clip.CustomTextCLIP).state_dict()
     tensors |= {name: value for name, value in text.items() if name.startswith("text.")}
     tensors |= {"visual.rope.freqs_cos": torch.zeros(16, 16), "logit_scale": torch.tensor(3.0)}
@@ -249,14 +245,32 @@ def test_the_way_into_another_space_is_drawn_anew_for_a_tower_alone() -> None:
     assert load_tower(wider.text, "text", text, "peer", alone=True).initialised == ["projection"]
     with pytest.raises(WeightsError, match="text_projection"):
         load_tower(wider.text, "text", text, "peer", alone=False)
-    model, peer = tiny("8B"), timm_eva("8B").state_dict()
+    model, peer = tiny("8B"), peer_of("8B").state_dict()
     peer["head.bias"] = torch.ones(24)
     with pytest.raises(WeightsError, match=r"no place in the model: head\.bias"):  # its head.weight would be loaded
         load_tower(model.image, "image", peer, "peer", alone=True)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet10t"])
+def test_a_classifier_of_timm_fills_all_of_its_backbone_but_the_classifier(name: str) -> None:
+    image = {"kind": "timm", "model": name, "image_size": 160 if name == "test_vit" else 64}
+    text = {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32}
+    model = create_model(ModelConfig.model_validate({"embed_dim": 24, "image": image, "text": text}))
+    peer = timm.create_model(name, num_classes=1000)
+    shake(peer)
+    tensors = peer.state_dict()
+    report = load_tower(model.image, "image", tensors, "timm.safetensors", alone=True)
+    classifier = peer.pretrained_cfg["classifier"]
+    assert set(report.initialised) == {f"trunk.{classifier}.{leaf}" for leaf in ("weight", "bias")}
+    trunk = model.image.trunk.state_dict()
+    others = [key for key in tensors if not key.startswith(classifier) and not key.endswith("num_batches_tracked")]
+    assert all(torch.equal(trunk[key], tensors[key]) for key in others)
+    with pytest.raises(WeightsError, match=rf"shapes differ: {classifier}\.weight \[1000, "):
+        load_tower(model.image, "image", tensors, "timm.safetensors", alone=False)
+
+
 def test_other_grids_and_patches_are_resampled_as_timm_does() -> None:
-    peer, model = timm_eva("EVA01"), tiny("EVA01", image_size=40, patch_size=8)
+    peer, model = peer_of("EVA01"), tiny("EVA01", image_size=40, patch_size=8)
     tensors = peer.state_dict()
     report = load_tower(model.image, "image", tensors, "peer", alone=False)
     assert sorted(line.split(" from ")[0] for line in report.resized) == ["patch_embed.weight", "position_embedding"]
@@ -312,8 +326,12 @@ SPOILT: dict[str, tuple[str, Spoil, str]] = {
         changed("blocks.0.mlp.fc1.weight", lambda value: value[:60]),
         r"shapes differ: blocks\.0\.mlp\.fc1\.weight \[60, 32\] where blocks\.0\.mlp\.fc1\.weight needs \[64, 32\]",
     ),
+    "quantised weights": (
+        "EVA01",
+        changed("blocks.1.mlp.fc1.weight", lambda value: value.to(torch.int8)),
+        r"blocks\.1\.mlp\.fc1\.weight is torch\.int8; quantised weights cannot be read",
+    ),
     "a transposed matrix": ("EVA01", changed("blocks.0.mlp.fc2.weight", torch.t), r"fc2\.weight \[64, 32\] where"),
-    "NaN": ("EVA01", changed("norm.weight", lambda value: value * torch.nan), r"norm\.weight holds infinities or NaN"),
     "a grid that is no square": (
         "EVA01",
         changed("pos_embed", lambda value: value[:, :12]),
@@ -329,8 +347,17 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(fault: str) -> None:
     model = tiny(kind)
     before = {name: value.clone() for name, value in model.image.state_dict().items()}
     with pytest.raises(WeightsError, match=message):
-        load_tower(model.image, "image", spoil(timm_eva(kind).state_dict()), "peer.pt", alone=False)
+        load_tower(model.image, "image", spoil(peer_of(kind).state_dict()), "peer.pt", alone=False)
     assert all(torch.equal(value, before[name]) for name, value in model.image.state_dict().items())
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    for value in (torch.nan, -torch.inf):
+        spoilt = changed("norm.weight", lambda tensor, value=value: tensor + value)(peer_of("EVA01").state_dict())
+        with pytest.raises(
+            WeightsError, match=r"peer\.pt: image\.norm\.weight holds infinities or NaN; the file is damaged"
+        ):
+            load_tower(tiny("EVA01").image, "image", spoilt, "peer.pt", alone=False)
 
 
 def test_the_other_tower_and_another_format_are_refused() -> None:

@@ -1,0 +1,356 @@
+"""One node's launcher: starts this node's ranks, watches them, and tells the supervisor. Decides nothing; no torch.
+
+Why not torchrun: it ends what is left of a run with SIGTERM and then waits for up to 30 s (a rank that hangs in a
+collective takes all of them), turns every exit code into 1, tells no stacks, leaves its ranks alive when it is killed
+itself, and imports torch before it starts anything. The ranks get torchrun's environment and meet in the same way.
+
+Orders come as lines of JSON on stdin, reports go as lines of JSON to stdout, none above 1000 bytes: srun carries longer
+ones in pieces that it mixes with those of other nodes. Where the supervisor falls silent, its
+node is lost: the ranks are ended, and the nodes that are left ask SLURM to put the job back into its queue. When this
+process ends, the system ends its ranks (prctl(2), PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from evaclip.cluster.slurm import SlurmJob
+from evaclip.errors import EvaclipError
+from evaclip.heartbeat import FOLDER, read_beats
+
+REPORT_SECONDS = 0.5
+"""Between two reports of a node."""
+
+_KILLED_SECONDS = 0.5  # for the others to end by themselves, and with their own words, after one was killed
+_FAILED_SECONDS = 5.0  # the same after one ended with an error, which the others may know too
+_WELL = (0, os.EX_TEMPFAIL)  # codes of ranks that leave together; the first one may upload for a while
+_LAST_LINES = 20  # of a rank's output that are looked at when it fails
+_WORDS = 300  # characters that are told of them
+_SIGNS_IN_A_REPORT = 8
+_CONSOLE_BYTES = 10 << 20  # of a rank's output in one file; there are two
+_DYING_SECONDS = 20.0
+_FRESH_SECONDS = 30.0  # of cluster.json, which a supervisor that lives writes every second
+_ORPHANED_SECONDS = 2.0  # for SLURM to end this process, where it has ended the supervisor
+_STACKS_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+class _Rank:
+    """A process that is, or may become, a rank of a training; and what it prints."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.number = -1
+        self.last: deque[str] = deque(maxlen=_LAST_LINES)
+        self._file: IO[bytes] | None = None
+        self._torn = b""
+        self.process = subprocess.Popen(  # noqa: S603  our own command
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # signals come from here only, and reach its data workers too
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  there are no threads here
+        )
+        os.set_blocking(self.output.fileno(), False)
+
+    def begin(self, number: int, environment: dict[str, str], arguments: list[str], console: Path) -> None:
+        """Give it its place."""
+        self.number, self._console = number, console
+        with suppress(OSError):  # a full disk costs this file
+            self._file = console.open("ab", buffering=0)
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it died as a spare; its exit code tells
+            self.process.stdin.write(json.dumps({"environment": environment, "arguments": arguments}).encode() + b"\n")
+            self.process.stdin.close()
+
+    @property
+    def output(self) -> IO[bytes]:
+        assert self.process.stdout
+        return self.process.stdout
+
+    def pump(self) -> bool:
+        """Pass on what it has printed; False at the end of it."""
+        content = self.output.read(1 << 16)
+        if content is None:
+            return True
+        with suppress(OSError):  # a full disk costs lines of this file
+            self._keep(content)
+        *lines, self._torn = (self._torn + content).split(b"\n")
+        self.last.extend(line.decode(errors="replace") for line in lines if line.strip())
+        if self.number == 0:
+            with suppress(OSError):  # the job's output
+                os.write(2, content)
+        return bool(content)
+
+    def _keep(self, content: bytes) -> None:
+        if self._file is None:  # a spare
+            return
+        self._file.write(content)
+        if self._file.tell() > _CONSOLE_BYTES:
+            self._file.close()
+            self._console.replace(self._console.with_name(f"{self._console.name}.1"))
+            self._file = self._console.open("ab", buffering=0)
+
+    def kill(self) -> None:
+        """End it and its children at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Node:
+    """The ranks of this node, one attempt after the other."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._selector = selectors.DefaultSelector()
+        self._ranks: list[_Rank] = []
+        self._spares: list[_Rank] = []
+        self._command: list[str] = []
+        self._attempt = 0
+        self._beats = Path(tempfile.mkdtemp(prefix="evaclip_"))
+        self._logs = Path()
+        self._orders = b""
+        self._dismissed = False
+        self._asked = time.monotonic()
+        """When the supervisor was last heard of."""
+        self._patience = float("inf")
+        self._codes: dict[int, int | None] = {}
+        """Of the ranks that have ended, in that order; None of those that were killed from here."""
+        self._deadline: float | None = None
+        """When the ranks that are left are killed."""
+        self._dying = 0.0
+        """Since when all ranks have ended or been killed."""
+
+    def run(self) -> None:
+        """Follow orders until there are no more."""
+        self._selector.register(0, selectors.EVENT_READ, None)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        reported = 0.0
+        try:
+            while not self._dismissed:
+                for key, _ in self._selector.select(0.05):
+                    if key.data is None:
+                        self._take_orders()
+                    elif not key.data.pump():
+                        self._selector.unregister(key.fileobj)
+                self._end_together()
+                if time.monotonic() - reported >= REPORT_SECONDS:
+                    reported = time.monotonic()
+                    self._tell_signs()
+                    self._keep_spares()
+                if time.monotonic() - self._asked > self._patience:
+                    if not self._goes_on_elsewhere():
+                        _give_back_the_job()
+                    return
+        finally:
+            for rank in (*self._ranks, *self._spares):
+                rank.kill()
+            shutil.rmtree(self._beats, ignore_errors=True)
+
+    def _take_orders(self) -> None:
+        """Do what is asked."""
+        content = os.read(0, 1 << 16)
+        if content:
+            self._asked = time.monotonic()
+        else:  # nobody will ask again
+            self._selector.unregister(0)
+            self._patience = min(self._patience, _ORPHANED_SECONDS)
+        *lines, self._orders = (self._orders + content).split(b"\n")
+        for line in lines:
+            order = json.loads(line)
+            match order["order"]:
+                case "start":
+                    self._start(order)
+                case "signal":
+                    self._send(order["number"])
+                case "stacks":
+                    _write_stacks({rank.number: rank.process.pid for rank in self._ranks}, self._logs)
+                    self._tell("stacks")
+                case "kill":
+                    self._kill()
+                case "alive":
+                    pass
+                case "leave":
+                    self._dismissed = True
+                case other:
+                    raise AssertionError(other)
+
+    def _start(self, order: dict[str, Any]) -> None:
+        """Start this node's ranks with the environment that torchrun would give them."""
+        nodes, local_ranks = order["nodes"], order["ranks_per_node"]
+        self._attempt, self._patience = order["attempt"], order["patience_seconds"]
+        self._command, self._codes, self._deadline = order["command"], {}, None
+        for path in self._beats.iterdir():
+            path.unlink()
+        self._logs = Path(order["logs"])
+        first = nodes.index(self.name) * local_ranks
+        for local in range(local_ranks):
+            variables = {
+                "RANK": first + local,
+                "LOCAL_RANK": local,
+                "WORLD_SIZE": len(nodes) * local_ranks,
+                "LOCAL_WORLD_SIZE": local_ranks,
+                "GROUP_RANK": nodes.index(self.name),
+                "MASTER_ADDR": order["address"],
+                "MASTER_PORT": order["port"],
+                "EVACLIP_NODE": self.name,
+                FOLDER: self._beats,
+            }
+            self._spares = [rank for rank in self._spares if rank.process.poll() is None]
+            rank = self._spares.pop() if self._spares else self._new()
+            environment = {name: str(value) for name, value in variables.items()}
+            console = self._logs / f"console_{first + local:05d}.txt"
+            rank.begin(first + local, environment, order["arguments"], console)
+            self._ranks.append(rank)
+
+    def _new(self) -> _Rank:
+        rank = _Rank(self._command)
+        self._selector.register(rank.output, selectors.EVENT_READ, rank)
+        return rank
+
+    def _keep_spares(self) -> None:
+        """Have one spare per rank, once the ranks are through with what takes the machine's cores at the start."""
+        beats = read_beats(self._beats)
+        if self._ranks and len(beats) == len(self._ranks) and all(beat.phase != "start" for beat in beats):
+            self._spares = [rank for rank in self._spares if rank.process.poll() is None]
+            self._spares += [self._new() for _ in range(len(self._ranks) - len(self._spares))]
+
+    def _end_together(self) -> None:
+        """When a rank has ended, give the others a while, then kill them; when all have, say so."""
+        for rank in self._ranks:
+            if rank.number not in self._codes and rank.process.poll() is not None:
+                self._codes[rank.number] = rank.process.returncode
+        if not self._codes:
+            return
+        codes = [code for code in self._codes.values() if code is not None] or [-signal.SIGKILL]
+        if self._deadline is None and not all(code in _WELL for code in codes):
+            self._deadline = time.monotonic() + (_KILLED_SECONDS if min(codes) < 0 else _FAILED_SECONDS)
+        if len(self._codes) < len(self._ranks):
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._kill()
+            return
+        self._dying = self._dying or time.monotonic()
+        if any(rank.process.poll() is None for rank in self._ranks) and time.monotonic() - self._dying < _DYING_SECONDS:
+            return  # one that waits for a disk or a driver may take a while, or not die at all
+        for rank in self._ranks:
+            rank.kill()  # its data workers, if any are left
+            rank.pump()
+        self._tell_signs()
+        failed = [number for number, code in self._codes.items() if code and code > 0]
+        told = sorted(failed, key=lambda number: self._codes[number] != os.EX_CONFIG)[
+            :1
+        ]  # the first, or why it refused
+        words = {str(rank.number): _most_telling(rank.last) for rank in self._ranks if rank.number in told}
+        self._tell("left", codes=list(self._codes.items()), words=words)
+        self._ranks, self._codes, self._dying = [], {}, 0.0
+
+    def _goes_on_elsewhere(self) -> bool:
+        """Whether the supervisor lives, and it is this node that was given up."""
+        try:
+            status = json.loads((self._logs.parent / "cluster.json").read_text(encoding="utf-8"))
+            return time.time() - status["time"] < _FRESH_SECONDS
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                self._codes.setdefault(rank.number, None)
+            rank.kill()
+
+    def _tell_signs(self) -> None:
+        signs = self._signs()
+        for start in range(0, max(1, len(signs)), _SIGNS_IN_A_REPORT):
+            self._tell("alive", ranks=signs[start : start + _SIGNS_IN_A_REPORT])
+
+    def _signs(self) -> list[list[Any]]:
+        """Rank, process, step, phase, seconds since, state of the process (proc(5)) of each rank, once it has any.
+
+        Those that have left well are not missed.
+        """
+        now, left = time.monotonic(), {number for number, code in self._codes.items() if code in _WELL}
+        return [
+            [beat.rank, beat.pid, beat.step, beat.phase, round(now - beat.seconds, 2), _state(beat.pid)]
+            for beat in read_beats(self._beats)
+            if beat.rank not in left
+        ]
+
+    def _signalled(self, number: int, _frame: object) -> None:
+        """The scheduler signals the processes of a step, perhaps only these."""
+        self._tell("signalled", number=number)
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    def _tell(self, report: str, **content: Any) -> None:
+        with suppress(OSError):  # nobody listens any more: stdin tells
+            line = json.dumps({"report": report, "node": self.name, "attempt": self._attempt, **content})
+            os.write(1, f"{line}\n".encode())
+
+
+def _give_back_the_job() -> None:
+    """Have SLURM start the job anew, unless somebody ended it: this node's supervisor is gone."""
+    print("the job's first node gives no sign of life", file=sys.stderr)  # noqa: T201  nobody listens to reports
+    with suppress(EvaclipError, OSError):  # another node was faster; there is no such job; a container has no scontrol
+        job = SlurmJob()
+        if job.may_requeue and not job.is_ending():
+            job.requeue()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _state(pid: int) -> str:
+    """One letter: R running, S sleeping, D waiting for a disk, T stopped, Z ended; X where there is no process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def _most_telling(lines: Iterable[str]) -> str:
+    """The last line that speaks of an error, else the last one."""
+    lines = list(lines)
+    return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")[:_WORDS]
+
+
+def _write_stacks(pids: Mapping[int, int], logs: Path) -> None:
+    """Where ranks are, each in a file, if py-spy is installed and may look."""
+    tool = shutil.which("py-spy")
+    if not tool:
+        return
+    command = [tool, "dump", "--nonblocking", "--pid"]
+    with suppress(OSError):
+        looking = {
+            rank: subprocess.Popen([*command, str(pid)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603
+            for rank, pid in pids.items()
+        }
+        for rank, process in looking.items():
+            try:
+                text, _ = process.communicate(timeout=_STACKS_SECONDS)
+                (logs / f"stack_{rank:05d}.txt").write_bytes(text)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+if __name__ == "__main__":
+    Node(sys.argv[1] if len(sys.argv) > 1 else os.environ["SLURMD_NODENAME"]).run()

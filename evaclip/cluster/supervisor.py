@@ -1,0 +1,325 @@
+"""One job's supervisor: starts an attempt on the job's nodes, watches it, and does what ``policy`` decides.
+
+It runs in the job's batch script (launch/slurm.sh), imports no torch, and holds nothing that its successor after a
+requeue would need: that finds the run directory. It writes there ``restarts.jsonl`` (one row per attempt),
+``cluster.json`` (what every rank does, once a second), ``jobs/JOB`` (see ``snapshot``) and ``logs/``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import evaclip
+from evaclip import config_file
+from evaclip.checkpoint_names import complete, step_name, step_of
+from evaclip.cluster.machines import Machines
+from evaclip.cluster.policy import Attempt, Decision, Sign, choose_nodes, decide, unfit_nodes
+from evaclip.cluster.snapshot import Snapshot, take
+from evaclip.cluster.watch import Ending, Launchers, StopRequest, Watch
+from evaclip.config import RunConfig
+from evaclip.data.order import choose_slots
+from evaclip.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_PORTS = range(10_000, 30_000)  # below those that the system gives to anybody
+_PATIENCE = 5  # node_timeout_seconds in which a node hears nothing of its supervisor: SLURM's commands may take a while
+_NODES_BACK_SECONDS = 30.0  # for nodes to answer again before too few are too few
+
+
+class Supervisor:
+    """A job from its start to its end or requeue."""
+
+    def __init__(self, config: RunConfig, machines: Machines, snapshot: Snapshot, request: StopRequest) -> None:
+        self.config, self.machines, self.snapshot, self.request = config, machines, snapshot, request
+        self.run_dir = Path(config.run_dir)
+        self.attempts: list[Attempt] = []
+        self._number = 0
+        self._launchers: Launchers | None = None
+        self._suspects: set[str] = set()
+        """Nodes that gave no sign of life, until they start a process again."""
+
+    def run(self, *stages: Literal["preflight", "train"]) -> Decision:
+        """Attempt after attempt, until one of them is the last; a stage begins when the one before is done."""
+        decision = Decision("done", "nothing to do")
+        for what in stages:
+            self.attempts = (
+                earlier_attempts(self.run_dir, self.machines.job, what) if self.machines.was_requeued else []
+            )
+            decision = Decision("restart", "")
+            while decision.action == "restart":
+                if decision.wait_seconds:
+                    _log.info("starting again in %.0f s", decision.wait_seconds)
+                    self._tell([], "waiting")
+                    self._sleep(decision.wait_seconds)
+                decision = self._attempt([what, str(self.snapshot.config)])
+            if decision.action != "done":
+                break
+        self._close()
+        self._tell([], "ended")
+        return decision
+
+    def _attempt(self, arguments: list[str]) -> Decision:
+        """One start of all ranks, recorded."""
+        nodes = self._nodes()
+        self._number += 1
+        if not nodes:
+            return self._too_few(arguments[0])
+        if self._launchers is None or self._launchers.nodes != nodes or self._launchers.process.poll() is not None:
+            self._close()
+            self._launchers = Launchers(nodes, self.machines.start_command(nodes, _python("node")))
+        ranks, began = len(nodes) * self.machines.ranks_per_node, time.time()
+        _log.info("attempt %d: %s on %s, %d ranks", self._number, arguments[0], _short(nodes), ranks)
+        state = "preflight" if arguments[0] == "preflight" else "running"
+        watch = Watch(
+            self._launchers,
+            self.config.cluster,
+            self.request,
+            lambda signs: self._tell(signs, state),
+            lambda: self.machines.seconds_left,
+        )
+        ending = watch.run(
+            {
+                "attempt": self._number,
+                "patience_seconds": _PATIENCE * self.config.cluster.node_timeout_seconds,
+                "nodes": nodes,
+                "ranks_per_node": self.machines.ranks_per_node,
+                "address": self.machines.address(nodes[0]),
+                "port": self._port(),
+                "command": _python("rank"),
+                "arguments": arguments,
+                "logs": str(self.run_dir / "logs"),
+            }
+        )
+        return self._judge(arguments[0], ending, nodes, began)
+
+    def _judge(self, what: str, ending: Ending, nodes: tuple[str, ...], began: float) -> Decision:
+        """Decide what follows an attempt, and keep both for people, scripts and the next start of this job."""
+        if ending.lost:
+            self._suspects |= ending.lost
+            self._close()
+        saved = newest_checkpoint(self.run_dir)
+        self.attempts.append(Attempt(nodes, ending.cause, ending.detail, ending.step, saved, ending.blamed))
+        may_requeue = self._may_requeue()
+        decision = decide(self.attempts, self.config.cluster, may_requeue=may_requeue)
+        if self.request.numbers and decision.action == "restart":  # it failed while it was asked to stop
+            decision = Decision("requeue" if may_requeue else "stop", decision.reason)
+        row = {
+            "time": time.time(),
+            "job": self.machines.job,
+            "attempt": self._number,
+            "what": what,
+            "nodes": nodes,
+            "ranks": len(nodes) * self.machines.ranks_per_node,
+            "seconds": round(time.time() - began, 1),
+            "step": ending.step,
+            "saved": saved,
+            "cause": ending.cause,
+            "detail": ending.detail,
+            "blamed": ending.blamed,
+            "action": decision.action,
+        }
+        try:
+            with (self.run_dir / "restarts.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk, perhaps what the ranks died of
+            _log.warning("restarts.jsonl cannot be written: %s", error)
+        log = _log.info if ending.cause in ("complete", "asked to stop") else _log.warning
+        log("attempt %d: %s (%s); %s", self._number, ending.cause, ending.detail, decision.action)
+        return decision
+
+    def _may_requeue(self) -> bool:
+        """Whether the job goes back into the queue by itself: not where its user ends it, or SLURM does that anyway."""
+        asked = self.request.numbers
+        if len(asked) > 1 or signal.SIGINT in asked:
+            return False
+        return self.machines.may_requeue and not (asked and self.machines.is_ending())
+
+    def _nodes(self) -> tuple[str, ...]:
+        """Nodes for the next attempt; waits a while for enough of them."""
+        machines, config = self.machines, self.config
+        newest = newest_checkpoint(self.run_dir)
+        slots = saved_slots(self.run_dir, newest) or choose_slots(config.train.global_batch, 1, config.data.slots)
+        deadline = time.monotonic() + _NODES_BACK_SECONDS
+        while not self.request.numbers:
+            there = machines.nodes()
+            self._suspects -= self._answering(self._suspects & {*there})
+            available = [node for node in there if node not in self._suspects]
+            choose = partial(
+                choose_nodes,
+                ranks_per_node=machines.ranks_per_node,
+                slots=slots,
+                wanted=machines.num_nodes,
+                min_nodes=config.cluster.min_nodes,
+            )
+            unfit = unfit_nodes(self.attempts)
+            chosen = choose([node for node in available if node not in unfit]) or choose(available)
+            if chosen:
+                spare = [node for node in available if node not in chosen]
+                if spare:
+                    _log.info("%s spare: %d slots are shared by %d nodes", _short(spare), slots, len(chosen))
+                return chosen
+            if len(available) == machines.num_nodes:
+                # All are there, and do not divide the work: say so as a single machine would.
+                choose_slots(config.train.global_batch, machines.num_nodes * machines.ranks_per_node, slots)
+            if time.monotonic() > deadline:
+                break
+            self._sleep(1.0)
+        return ()
+
+    def _port(self) -> int:
+        """Another one for each job and attempt: jobs may share a node, and what was killed may still hold its own."""
+        number = int(re.sub(r"\D", "", self.machines.job) or os.getpid())
+        return _PORTS[(16 * number + self._number) % len(_PORTS)]
+
+    def _answering(self, nodes: set[str]) -> set[str]:
+        with ThreadPoolExecutor(32) as pool:
+            answers = pool.map(self.machines.answers, nodes)
+            return {node for node, here in zip(nodes, answers, strict=True) if here}
+
+    def _too_few(self, what: str) -> Decision:
+        if self.request.numbers:
+            return Decision("requeue" if self._may_requeue() else "stop", "asked to stop between two attempts")
+        fewest = self.config.cluster.min_nodes or self.machines.num_nodes
+        reason = f"fewer than {fewest} of {self.machines.num_nodes} nodes answer (cluster.min_nodes)"
+        return self._judge(what, Ending("too few nodes", reason, None), (), time.time())
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.request.numbers:
+            time.sleep(0.1)
+            if self._launchers:
+                self._launchers.order("alive")
+
+    def _close(self) -> None:
+        if self._launchers:
+            self._launchers.close()
+            self._launchers = None
+
+    def _tell(self, signs: Sequence[Sign], state: str) -> None:
+        """Write ``cluster.json`` in place: a new file each second would keep a network's file system busy."""
+        nodes: dict[str, list[dict[str, Any]]] = {}
+        for sign in signs:
+            row = {"rank": sign.rank, "pid": sign.pid, "step": sign.step, "phase": sign.phase}
+            nodes.setdefault(sign.node, []).append({**row, "age_seconds": round(sign.age_seconds, 2)})
+        status = {"time": time.time(), "job": self.machines.job, "attempt": self._number, "state": state}
+        try:
+            (self.run_dir / "cluster.json").write_text(json.dumps({**status, "nodes": nodes}) + "\n", encoding="utf-8")
+        except OSError as error:
+            _log.warning("cluster.json cannot be written: %s", error)
+
+
+def earlier_attempts(run_dir: Path, job: str, what: str) -> list[Attempt]:
+    """What became of this job before it was requeued, from ``restarts.jsonl``."""
+    try:
+        rows = [json.loads(line) for line in (run_dir / "restarts.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [
+            Attempt(tuple(row["nodes"]), row["cause"], row["detail"], row["step"], row["saved"], row["blamed"])
+            for row in rows
+            if (row["job"], row["what"]) == (job, what)
+        ]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half a row: it only counts failures
+        return []
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint that has got its name."""
+    found = complete(run_dir / "checkpoints")
+    return step_of(found[-1]) if found else None
+
+
+def saved_slots(run_dir: Path, step: int | None) -> int | None:
+    """Slots of the data order that a checkpoint continues."""
+    if step is None:
+        return None
+    try:
+        return int(json.loads((run_dir / "checkpoints" / step_name(step) / "meta.json").read_bytes())["slots"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check: bool) -> int:
+    """Run a job; the exit code: 0 where the run is complete, 75 where it was asked to stop, 1 otherwise.
+
+    Args:
+        config: Of the run.
+        machines: Where.
+        renew: Take a new snapshot of the code after a requeue, too.
+        only_check: Preflight, and nothing else.
+
+    Raises:
+        ConfigError: The run directory cannot be written, or the ranks cannot share the work.
+    """
+    logging.basicConfig(format="%(asctime)s launcher: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    request = StopRequest()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request.receive)
+    run_dir = Path(config.run_dir).absolute()
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        renew = renew or not machines.was_requeued
+        snapshot = take(run_dir, machines.job, config_file.dump(config), renew=renew)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another folder") from error
+    if not machines.was_requeued:  # where launch/slurm.sh finds it after a requeue
+        with suppress(OSError):
+            pointer = Path(evaclip.__file__).parents[1] / ".jobs" / machines.job
+            pointer.parent.mkdir(exist_ok=True)
+            pointer.unlink(missing_ok=True)
+            pointer.symlink_to(snapshot.folder)
+    paths = [str(snapshot.code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Torch's threads get into the way of the workers; one per rank, unless told otherwise.
+    os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    supervisor = Supervisor(config_file.load(snapshot.config), machines, snapshot, request)
+    decision = supervisor.run("preflight", *(() if only_check else ("train",)))
+    if decision.action == "requeue":
+        _log.info("requeued: %s", decision.reason)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        machines.requeue()
+        time.sleep(60)  # SLURM ends this process; an exit before that could count as the job's end
+    if decision.action == "stop":
+        _log.info("stopped: %s", decision.reason)
+    last = supervisor.attempts[-1].cause if supervisor.attempts else "asked to stop"
+    return 0 if decision.action == "done" else os.EX_TEMPFAIL if last == "asked to stop" else 1
+
+
+def plan(config: RunConfig, machines: Machines | None) -> str:
+    """What would be started: machines, commands and settings; without machines, as far as it is known."""
+    ours = ("EVACLIP_", "NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_")
+    settings = [f"  {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(ours)]
+    run_dir = Path(config.run_dir)
+    lines = [f"run_dir {run_dir.absolute()}, newest checkpoint: {newest_checkpoint(run_dir)}"]
+    if machines:
+        nodes = machines.nodes()
+        command = shlex.join(machines.start_command(nodes, _python("node")))
+        lines += [
+            f"job {machines.job}: {len(nodes)} nodes ({_short(nodes)}), {machines.ranks_per_node} ranks on each",
+            f"requeued by itself: {'yes' if machines.may_requeue else 'no'}",
+            f"on every node: {command}",
+        ]
+    else:
+        lines += ["no job yet: nodes and ranks follow from what sbatch or salloc is asked for"]
+    lines += [f"every rank, first with preflight and then with train: {shlex.join(_python('rank'))}", "settings:"]
+    return "\n".join([*lines, *(settings or ["  none"])])
+
+
+def _python(module: str) -> list[str]:
+    """A module of this package, in the Python of the nodes; in a container that may be another one."""
+    return [os.environ.get("EVACLIP_NODE_PYTHON") or sys.executable, "-P", "-m", f"evaclip.cluster.{module}"]
+
+
+def _short(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes[:8]) + (f" and {len(nodes) - 8} more" if len(nodes) > 8 else "")

@@ -1,0 +1,309 @@
+"""One attempt, watched: orders to the nodes, reports from them, and what ended it.
+
+What is noticed, and when: a rank that ends, at once; one that is silent, ``step_timeout_seconds`` after its last sign
+of life; a node whose launcher is silent, after ``node_timeout_seconds``. Each within a second of that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
+
+from evaclip.cluster.policy import Cause, Sign, silent_ranks
+from evaclip.config import ClusterConfig
+
+_log = logging.getLogger(__name__)
+
+_STATUS_SECONDS = 1.0
+_ONE_REQUEST_SECONDS = 3.0  # in which a signal reaches all processes that the scheduler sends it to
+_STACKS_SECONDS = 12.0  # for py-spy on all nodes
+_OTHERS_SECONDS = 6.0  # after one node's ranks have ended with an error: longer than a node gives its own
+_KILL_SECONDS = 30.0  # for nodes to kill their ranks, whose drivers may take a while
+_SPEAKING_SECONDS = 3.0  # without a report of a node, of which there are two a second
+_LEAVE_SECONDS = 3.0  # for the launchers themselves
+_LAST_SECONDS = 45.0  # before the job's time is over: to put it back into the queue
+_STALLED_SECONDS = 5.0
+_WELL = (0, os.EX_TEMPFAIL)  # exit codes
+
+
+class Launchers:
+    """The launchers of some nodes, as one child process of ours."""
+
+    def __init__(self, nodes: Sequence[str], command: Sequence[str]) -> None:
+        self.nodes = tuple(nodes)
+        self.heard_of: set[str] = set()
+        """Nodes that have answered at all: until then they may be fetching a container."""
+        self.process = subprocess.Popen(  # noqa: S603  our own command
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self._orders, self._reports, self._torn = self.process.stdin, self.process.stdout, b""
+        os.set_blocking(self._reports.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._reports, selectors.EVENT_READ)
+
+    def order(self, order: str, **content: Any) -> None:
+        """Send an order to all nodes."""
+        with suppress(OSError):  # it has ended: the watch sees that
+            self._orders.write((json.dumps({"order": order, **content}) + "\n").encode())
+            self._orders.flush()
+
+    def reports(self, seconds: float) -> list[dict[str, Any]]:
+        """What the nodes have said, waiting for it at most so long."""
+        if not self._selector.select(seconds):
+            return []
+        content = self._reports.read(1 << 20) or b""
+        if not content:
+            time.sleep(seconds)  # the end of it
+        *lines, self._torn = (self._torn + content).split(b"\n")
+        return [report for line in lines if (report := _parsed(line))]
+
+    def close(self) -> None:
+        """End the launchers, and what they started."""
+        self.order("leave")
+        with suppress(OSError):
+            self._orders.close()
+        try:
+            self.process.wait(_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:  # srun waits for a node that is lost
+            self.process.kill()
+            self.process.wait()
+
+
+class StopRequest:
+    """Signals that asked this supervisor, or a node's launcher, to end the run."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._last = 0.0
+
+    def receive(self, number: int, _frame: object = None) -> None:
+        """Take a signal; one that reaches several processes is one."""
+        if not self.numbers or time.monotonic() - self._last > _ONE_REQUEST_SECONDS:
+            self.numbers.append(number)
+            self._last = time.monotonic()
+
+
+class Ending(NamedTuple):
+    """How an attempt ended."""
+
+    cause: Cause
+    detail: str
+    step: int | None
+    """Updates that were done."""
+    lost: frozenset[str] = frozenset()
+    """Nodes that do not answer; where there are any, the next attempt needs other launchers."""
+    blamed: str | None = None
+    """The node whose rank failed first."""
+
+
+class Watch:
+    """Starts the ranks on some nodes and waits for their end.
+
+    Args:
+        launchers: Of the nodes.
+        config: Time-outs.
+        request: Signals received; passed on to the ranks.
+        tell: Called once a second with what is known of the ranks.
+        seconds_left: Until the job's time is over.
+    """
+
+    def __init__(
+        self,
+        launchers: Launchers,
+        config: ClusterConfig,
+        request: StopRequest,
+        tell: Callable[[list[Sign]], None],
+        seconds_left: Callable[[], float],
+    ) -> None:
+        self.launchers, self.config, self.request, self.tell = launchers, config, request, tell
+        self._seconds_left = seconds_left
+        self._began = time.monotonic()
+        self._heard = dict.fromkeys(launchers.nodes, self._began)
+        self._signs: dict[int, Sign] = {}
+        self._left: dict[str, dict[str, Any]] = {}
+        self._deadline: float | None = None
+        """When the ranks of the other nodes are killed, after those of one have failed."""
+        self._last_moment: float | None = None
+        """When a run that was asked to stop has to be gone."""
+        self._passed_on = 0
+        self._attempt = 0
+
+    def run(self, order: dict[str, Any]) -> Ending:
+        """Watch one attempt from its start order to its end."""
+        self._attempt = order["attempt"]
+        self.launchers.order("start", **order)
+        told = looked = time.monotonic()
+        while True:
+            for report in self.launchers.reports(0.1):
+                self._take(report)
+            now = time.monotonic()
+            if now - looked > _STALLED_SECONDS:  # this process itself stood still; what was said meanwhile comes now
+                self._heard = {node: heard + now - looked for node, heard in self._heard.items()}
+            looked = now
+            if ending := self._stopped() or self._ending():
+                return ending
+            if now - told >= _STATUS_SECONDS:
+                told = now
+                self.launchers.order("alive")
+                self.tell(self.signs)
+
+    @property
+    def signs(self) -> list[Sign]:
+        """Of all ranks, as last reported."""
+        return [self._signs[rank] for rank in sorted(self._signs)]
+
+    def _take(self, report: dict[str, Any]) -> None:
+        node = report["node"]
+        self._heard[node] = time.monotonic()
+        self.launchers.heard_of.add(node)
+        if report["report"] == "signalled" and not self.request.numbers:  # one request, however many nodes it reaches
+            self.request.receive(report["number"])
+        if report["attempt"] != self._attempt:  # it has not read its orders yet
+            return
+        for row in report.get("ranks", ()):
+            self._signs[row[0]] = Sign(row[0], node, *row[1:])
+        if report["report"] == "left":
+            self._left[node] = report
+
+    def _stopped(self) -> Ending | None:
+        """Hand new requests to the ranks; an ending where they cannot be waited for."""
+        if len(self.request.numbers) > self._passed_on:
+            self._passed_on = len(self.request.numbers)
+            if self._passed_on > 1:
+                return self._finish("asked to stop", "stopped at once by a second signal")
+            _log.info("%s: asking all ranks to save and stop", signal.Signals(self.request.numbers[-1]).name)
+            if all(sign.phase == "start" for sign in self.signs):
+                return self._finish("asked to stop", "stopped in its start, where there is nothing to save")
+            self.launchers.order("signal", number=int(signal.SIGTERM))
+            self._last_moment = time.monotonic() + self._seconds_left() - _LAST_SECONDS
+        if self._last_moment is not None and time.monotonic() > self._last_moment:
+            return self._finish("asked to stop", "not saved before the job's time was over")
+        return None
+
+    def _ending(self) -> Ending | None:
+        now = time.monotonic()
+        if not self._missing():
+            return self._judge()
+        failed = [report for report in self._left.values() if not _left_well(report)]
+        if failed and self._deadline is None:
+            self._deadline = now + _OTHERS_SECONDS
+            if any(code is not None and code < 0 for report in failed for _, code in report["codes"]):
+                self.launchers.order("kill")
+        if self._deadline and now > self._deadline:
+            self._kill()
+            return self._judge()
+        if self.launchers.process.poll() is not None and not self.launchers.heard_of:
+            code = self.launchers.process.returncode
+            return Ending("no start", f"no node was started: srun ended with code {code}, see the output", None)
+        silent = self._silent_nodes(now)
+        if silent or self.launchers.process.poll() is not None:
+            gone = silent or self._missing()
+            return self._finish("a node is gone", f"{', '.join(gone)} gives no sign of life", lost=gone)
+        hanging = silent_ranks([sign for sign in self.signs if sign.node not in self._left], self.config)
+        if hanging or (not self._signs and now - self._began > self.config.start_timeout_seconds):
+            return self._hang(hanging)
+        return None
+
+    def _missing(self) -> list[str]:
+        """Nodes whose ranks have not all ended."""
+        return [node for node in self.launchers.nodes if node not in self._left]
+
+    def _silent_nodes(self, now: float) -> list[str]:
+        """Nodes that are lost; all at once rather wait for their network or disk, and get three times as long."""
+        limit = self.config.node_timeout_seconds
+        if all(now - heard > limit for heard in self._heard.values()):
+            limit *= 3
+        limits = {True: limit, False: max(limit, self.config.start_timeout_seconds)}
+        known = self.launchers.heard_of
+        return [node for node in self._missing() if now - self._heard[node] > limits[node in known]]
+
+    def _hang(self, hanging: list[Sign]) -> Ending:
+        shown = "; ".join(map(str, hanging[:4])) + (f" and {len(hanging) - 4} more" if len(hanging) > 4 else "")
+        if not hanging:
+            detail = "no rank gave a sign of life"
+        elif len(hanging) == len(self._signs) > 1:
+            detail = f"all ranks wait, a collective does not return: {shown}"
+        else:
+            detail = f"{shown}: no sign of life for {max(s.age_seconds for s in hanging):.1f} s"
+        _log.warning("%s", detail)
+        step, answered = self._step(), set[str]()
+        self.launchers.order("stacks")
+        deadline = time.monotonic() + _STACKS_SECONDS
+        while len(answered) < len(self.launchers.nodes) and time.monotonic() < deadline:
+            for report in self.launchers.reports(0.1):
+                self._take(report)
+                answered |= {report["node"]} if report["report"] == "stacks" else set()
+        blamed = {sign.node for sign in hanging}
+        ending = self._finish("a rank hangs", detail)
+        return ending._replace(step=step, blamed=blamed.pop() if len(blamed) == 1 else None)
+
+    def _finish(self, cause: Cause, detail: str, lost: Sequence[str] = ()) -> Ending:
+        """Kill what is left."""
+        step = self._step()
+        self._kill(lost)
+        return Ending(cause, detail, step, frozenset(self._missing()))
+
+    def _kill(self, lost: Sequence[str] = ()) -> None:
+        """Have all ranks killed, and wait until they are; not for nodes that are lost, or say nothing now."""
+        self.launchers.order("kill")
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (now := time.monotonic()) < deadline and self.launchers.process.poll() is None:
+            waited = {*self._missing()} - {*lost}
+            if not any(now - self._heard[node] < _SPEAKING_SECONDS for node in waited):
+                return
+            for report in self.launchers.reports(0.05):
+                self._take(report)
+
+    def _step(self) -> int | None:
+        step = max((sign.step for sign in self.signs), default=-1)
+        return step if step >= 0 else None
+
+    def _judge(self) -> Ending:
+        """What the ranks' exit codes mean, when all that answer have left."""
+        lost = frozenset(self._missing())
+        if lost:  # the others died of it
+            return Ending("a node is gone", f"{', '.join(sorted(lost))} gives no sign of life", self._step(), lost)
+        codes: list[tuple[int, int | None]] = [
+            (rank, code) for report in self._left.values() for rank, code in report["codes"]
+        ]
+        ended = {code for _, code in codes}
+        if ended == {0}:
+            return Ending("complete", "complete", self._step())
+        if ended == {os.EX_TEMPFAIL}:
+            return Ending("asked to stop", "saved and stopped", self._step())
+        # To blame is who was killed, else who refused, else the first of a node to fail; others died of it.
+        known = [(rank, code) for rank, code in codes if code]
+        order = [lambda code: code < 0, lambda code: code == os.EX_CONFIG, lambda code: code not in _WELL]
+        rank, code = next(((rank, code) for fits in order for rank, code in known if fits(code)), (-1, 0))
+        sign = self._signs.get(rank)
+        who = str(sign) if sign else f"rank {rank}"
+        if code < 0:
+            detail = f"{who} was ended by {signal.Signals(-code).name}"
+        else:
+            said = [words[str(rank)] for report in self._left.values() if str(rank) in (words := report["words"])]
+            detail = f"{who} ended with code {code}: {''.join(said)}"
+        cause: Cause = "refused" if code == os.EX_CONFIG else "a rank died"
+        return Ending(cause, detail, self._step(), blamed=sign.node if sign else None)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A report; None for anything else that is printed."""
+    try:
+        report = json.loads(line)
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", report) if isinstance(report, dict) and "report" in report else None
+
+
+def _left_well(report: dict[str, Any]) -> bool:
+    return all(code in _WELL for _, code in report["codes"])

@@ -1,0 +1,64 @@
+"""A rank's last sign of life stays readable, whatever becomes of the rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from evaclip.heartbeat import FOLDER, read_beats
+
+DYING = """
+import os, signal
+from evaclip.heartbeat import beat
+beat("start")
+beat("metrics", 7)
+beat("data")
+beat("forward")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_last_beat_outlives_the_process(tmp_path):
+    before = time.monotonic()
+    environment = {**os.environ, FOLDER: str(tmp_path), "RANK": "3"}
+    done = subprocess.run([sys.executable, "-c", DYING], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (beat,) = read_beats(tmp_path)
+    assert (beat.rank, beat.step, beat.phase) == (3, 7, "forward")
+    assert before < beat.seconds < time.monotonic()
+
+
+def test_without_a_launcher_nothing_is_written(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != FOLDER}
+    code = "from evaclip.heartbeat import beat; beat('data', 1)"
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_gone_does_not_stop_the_rank(tmp_path):
+    environment = {**os.environ, FOLDER: str(tmp_path / "gone")}
+    code = "from evaclip.heartbeat import beat; beat('data', 1)"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_file_without_a_beat_is_no_rank(tmp_path):
+    (tmp_path / "rank_0").write_bytes(b"")
+    (tmp_path / "rank_1").write_bytes(bytes(32))
+    assert read_beats(tmp_path) == []
+
+
+FIRST = """
+from pathlib import Path
+from evaclip.heartbeat import beat, read_beats
+for phase in ("data", "forward", "update", "metrics", "data"):
+    beat(phase, 4)
+    print(read_beats(Path.cwd())[0].phase)
+"""
+
+
+def test_all_parts_of_the_first_step_are_the_start(tmp_path):
+    environment = {**os.environ, FOLDER: str(tmp_path)}
+    command = [sys.executable, "-c", FIRST]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["start", "start", "start", "metrics", "data"]
