@@ -54,6 +54,7 @@ setup(
             "ruff==0.17.5",
             "pyright==1.1.414",
             "beartype>=0.20",
+            "py-spy>=0.4",
         ],
     },
     entry_points={"console_scripts": ["evaclip=evaclip.cli:main"]},

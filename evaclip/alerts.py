@@ -26,7 +26,7 @@ class Alert(NamedTuple):
     text: str
 
 
-class Watch:
+class Alarms:
     """What of the rows is told: each streak of skipped updates and each source with many bad records once.
 
     Args:

@@ -29,6 +29,10 @@ class DataError(EvaclipError):
     """Shards, captions or evaluation sets that cannot be used."""
 
 
+class InterruptedEvaluationError(EvaclipError):
+    """Somebody waits for the training to save: the evaluation gives way."""
+
+
 class CheckpointError(EvaclipError):
     """A checkpoint that cannot be written, read or continued."""
 

@@ -116,16 +116,11 @@ class Stragglers:
         self._slow_rows: dict[int, int] = {}
 
     def judge(self, paces: Sequence[RankPace]) -> list[str]:
-        """What to say of ranks that have just become stragglers; each is told again only after it has recovered.
-
-        A rank is compared with the median, the lower one of an even number: of two ranks that is the faster one.
-        """
-        usual = median_low(pace.own_seconds for pace in paces)
+        """What to say of ranks that have just become stragglers; each is told again only after it has recovered."""
+        usual = _usual(paces)
         told: list[str] = []
         for pace in paces:
-            costs = pace.own_seconds - usual
-            slow = pace.own_seconds > _SLOW * usual and costs > _LEAST_SHARE * pace.step_seconds
-            rows = self._slow_rows.get(pace.rank, 0) + 1 if slow else 0
+            rows = self._slow_rows.get(pace.rank, 0) + 1 if _is_slow(pace, usual) else 0
             self._slow_rows[pace.rank] = rows
             if rows == _ROWS:
                 told.append(
@@ -136,9 +131,20 @@ class Stragglers:
         return told
 
 
+def _usual(paces: Sequence[RankPace]) -> float:
+    """The median, the lower one of an even number: of two ranks that is the faster one."""
+    return median_low(pace.own_seconds for pace in paces)
+
+
+def _is_slow(pace: RankPace, usual: float) -> bool:
+    costs = pace.own_seconds - usual
+    return pace.own_seconds > _SLOW * usual and costs > _LEAST_SHARE * pace.step_seconds
+
+
 def write_ranks(path: Path, step: int, paces: Sequence[RankPace]) -> None:
     """Replace ``ranks.json``; whoever reads it meets a whole file."""
-    rows = [pace._asdict() for pace in paces]
+    usual = _usual(paces)
+    rows = [{**pace._asdict(), "slow": _is_slow(pace, usual)} for pace in paces]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps({"step": step, "time": time.time(), "ranks": rows}) + "\n", encoding="utf-8")
     temporary.replace(path)

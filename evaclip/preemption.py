@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from evaclip.errors import TrainingStoppedError
+from evaclip.errors import InterruptedEvaluationError, TrainingStoppedError
 
 if TYPE_CHECKING:
     from evaclip.distributed import Ranks
@@ -48,6 +48,15 @@ class StopRequest:
         self._agreed = torch.tensor([max(self._signal, answer)], dtype=torch.int32)
         self._pending = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, async_op=True)
         return answer
+
+    def give_way(self) -> None:
+        """Called where something longer than a step may end early; the next steps then ``agree``.
+
+        Raises:
+            InterruptedEvaluationError: This rank has received a signal.
+        """
+        if self._signal:
+            raise InterruptedEvaluationError
 
     def finish(self) -> None:
         """Wait for the last exchange."""

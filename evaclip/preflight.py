@@ -14,11 +14,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.cuda import nccl
 
 from evaclip.checkpoint_names import complete
 from evaclip.config import DeepSpeedEngineConfig, RunConfig, ShardSource
@@ -30,11 +32,12 @@ from evaclip.models.clip import CLIP
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "safetensors")
+_PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "safetensors", "triton", "flash-attn")
 _CLOCK_SECONDS = 2.0
 """That two nodes' clocks may be apart; times in logs and names of files depend on them, no step does."""
 _IDLE_SHARE = 0.05  # of a GPU's memory that may be in use before we come
 _STATE_BYTES = 12  # a parameter's weight and two moments in a checkpoint
+_DRIVER = Path("/proc/driver/nvidia/version")
 _REDUCED_MIB = {"cuda": 256, "cpu": 16}
 
 
@@ -92,10 +95,25 @@ def _facts(config: RunConfig, folder: Path, token: str, now: float, ranks: Ranks
             f"{free / 2**30:.1f} GiB are free for checkpoints in {config.run_dir}, {needed / 2**30:.1f} are needed; "
             f"free some space or lower checkpoint.keep_last"
         )
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "-"
     gpus = f"{torch.cuda.device_count()} x {name}" if torch.cuda.is_available() else "none"
-    return Facts(node, versions, gpus, problems, free / 2**30, now)
+    return Facts(node, _versions(), gpus, problems, free / 2**30, now)
+
+
+def _versions() -> dict[str, str]:
+    """What has to be equal everywhere; a rank with another kernel or another NCCL computes or waits differently."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "is missing"
+    if torch.cuda.is_available():
+        found["CUDA"] = str(torch.version.cuda)
+        found["NCCL"] = ".".join(map(str, nccl.version()))
+        with suppress(OSError, IndexError):
+            found["driver"] = _DRIVER.read_text(encoding="utf-8").splitlines()[0]
+    return found
 
 
 def _shared(folder: Path, token: str) -> Iterator[str]:
@@ -155,12 +173,12 @@ def _checkpoint_bytes(config: RunConfig) -> float:
 
 def _differences(facts: Sequence[Facts]) -> Iterator[str]:
     """Nodes that are not as most of them are."""
-    for package in facts[0].versions:
-        found = [fact.versions[package] for fact in facts]
+    for package in dict.fromkeys(name for fact in facts for name in fact.versions):
+        found = [fact.versions.get(package, "unknown") for fact in facts]
         usual = max(set(found), key=found.count)
-        for fact in facts:
-            if fact.versions[package] != usual:
-                yield f"{fact.node}: {package} {fact.versions[package]}, elsewhere {usual}; install the same everywhere"
+        for fact, own in zip(facts, found, strict=True):
+            if own != usual:
+                yield f"{fact.node}: {package} {own}, elsewhere {usual}; install the same everywhere"
     kinds = [fact.gpus for fact in facts]
     usual = max(set(kinds), key=kinds.count)
     yield from (f"{fact.node}: GPUs {fact.gpus}, elsewhere {usual}" for fact in facts if fact.gpus != usual)

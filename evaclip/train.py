@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,18 @@ from torch import Tensor
 
 from evaclip.accounting import Accounting
 from evaclip.accumulation import forward_backward
-from evaclip.alerts import Alert, Watch, ending
+from evaclip.alerts import Alarms, Alert, ending
 from evaclip.anomalies import Anomalies
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.distributed import Ranks, agreed, started
-from evaclip.errors import DataError, EvaclipError, OutOfMemoryError, TrainingStoppedError, writing
+from evaclip.errors import (
+    DataError,
+    EvaclipError,
+    InterruptedEvaluationError,
+    OutOfMemoryError,
+    TrainingStoppedError,
+    writing,
+)
 from evaclip.evaluation import evaluate, format_table, write_results
 from evaclip.heartbeat import beat
 from evaclip.history import History, append_rows, cut_rows
@@ -99,7 +106,7 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
     if run.step >= steps:
         log.info("%s is complete at step %d; raise train.steps to go on", run.directory, run.step)
     if run.step == 0 and config.eval.at_start and config.eval.datasets:
-        report.evaluation(run)
+        report.evaluation(run, stop)
     batches = iter(run.stream())
     while run.step < steps:
         beat("data", run.step)
@@ -127,11 +134,9 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
         if run.step % config.log.every_steps == 0 or last:
             report.publish(run, factor)
         due = config.eval.datasets and (last or run.step % (config.eval.every_steps or steps) == 0)
-        if due and asked and not last:  # whoever asks may not wait for minutes before all is saved
-            log.info("asked to stop: the evaluation at step %d is left out; evaclip evaluate does it", run.step)
-        elif due:
+        if due:
             try:
-                report.evaluation(run)
+                report.evaluation(run, None if last else stop)  # nothing would make up for the last one
             except EvaclipError:
                 report.checkpoint(run, final=True)  # an evaluation set that is gone costs no training
                 raise
@@ -158,7 +163,7 @@ class Report:
     clock: Clock
     pace: Pace
     node: NodeMeter
-    watch: Watch
+    alarms: Alarms
     profiler: Profiler
     stragglers: Stragglers = field(default_factory=Stragglers)
     progress: Progress | None = None
@@ -237,7 +242,7 @@ class Report:
         """Name ranks that have become slow, and alert whoever does not look."""
         if not self.tracker:
             return
-        for alert in self.watch.row(run.step, consecutive_skips, self.accounting.accounts):
+        for alert in self.alarms.row(run.step, consecutive_skips, self.accounting.accounts):
             self.tracker.alert(alert)
         for text in self.stragglers.judge(paces):
             log.warning("%s", text)
@@ -270,11 +275,19 @@ class Report:
             what = "loss" if name == "loss" else f"update of {name}"
             log.warning("up to step %d the %s was %.1f times its running value", run.step, what, multiple)
 
-    def evaluation(self, run: Run) -> None:
-        """Evaluate on all ranks and publish the results."""
-        config = run.config
+    def evaluation(self, run: Run, stop: StopRequest | None) -> None:
+        """Evaluate on all ranks and publish the results; give way to a request to stop, if there may be one."""
         beat("evaluation")
+        try:
+            self._evaluate(run, stop.give_way if stop else lambda: None)
+        except InterruptedEvaluationError:  # whoever asks may not wait for minutes before all is saved
+            log.info("asked to stop: the evaluation at step %d is left out; evaclip evaluate does it", run.step)
+
+    def _evaluate(self, run: Run, give_way: Callable[[], None]) -> None:
+        config = run.config
         with self.clock.paused():
+            with agreed(run.ranks):
+                give_way()
             results = list(
                 evaluate(
                     run.engine.towers,
@@ -285,6 +298,7 @@ class Report:
                     workers=config.data.workers,
                     index_dir=config.data.index_dir,
                     max_image_pixels=config.data.max_image_pixels,
+                    between=give_way,
                 )
             )
             self.evaluated = {name: value for result in results for name, value in result}
@@ -324,10 +338,10 @@ def _reporting(run: Run) -> Generator[Report]:
     sharded = isinstance(config.engine, DeepSpeedEngineConfig) and config.engine.zero_stage == 3
     pace = Pace(run.loss, ranks, sharded=sharded)
     with ExitStack() as cleanup:
-        node, watch = NodeMeter(ranks, pace.nodes), Watch(config, continued=run.step > 0)
+        node, alarms = NodeMeter(ranks, pace.nodes), Alarms(config, continued=run.step > 0)
         profiler = Profiler(config.profile, run.directory, config.train.steps, ranks)
         cleanup.callback(profiler.close)
-        report = Report(meter, anomalies, Accounting(run), clock, pace, node, watch, profiler)
+        report = Report(meter, anomalies, Accounting(run), clock, pace, node, alarms, profiler)
         with agreed(ranks), writing(f"run_dir {run.directory}"):
             if ranks.is_main:
                 report.history = History(run.directory / "metrics.jsonl")

@@ -11,7 +11,7 @@ import yaml
 from tiny import SYNTHETIC, colour_records, merged, tiny_config, tiny_tree
 from wandb_server import KEY, environment, offline_files, read_back, serving
 
-from evaclip.alerts import Watch, ending, restarts, whole_rows
+from evaclip.alerts import Alarms, ending, restarts, whole_rows
 from evaclip.data.accounts import SourceAccount
 from evaclip.data.shards import write_shards
 from evaclip.errors import DataError, TrainingStoppedError
@@ -22,7 +22,7 @@ GONE = {"time": 1.0, "attempt": 1, "cause": "a node is gone", "detail": "n2 is n
 
 
 def watch(tmp_path, *, continued=False, **changes):
-    return Watch(tiny_config(tmp_path, **changes), continued=continued)
+    return Alarms(tiny_config(tmp_path, **changes), continued=continued)
 
 
 def titles(alerts):

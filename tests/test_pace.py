@@ -120,8 +120,8 @@ def test_a_file_of_ranks_that_cannot_be_written_stops_the_run_as_the_history_doe
 
 def test_a_file_of_ranks_replaces_the_one_before(tmp_path):
     for step in (1, 2):
-        write_ranks(tmp_path / "ranks.json", step, paces(0.1, 0.2))
+        write_ranks(tmp_path / "ranks.json", step, paces(0.1, 0.2))  # of two ranks the faster one is what is usual
     assert [path.name for path in tmp_path.iterdir()] == ["ranks.json"]
     written = json.loads((tmp_path / "ranks.json").read_text())
     assert written["step"] == 2
-    assert [row["node"] for row in written["ranks"]] == ["n0", "n0"]
+    assert [(row["node"], row["slow"]) for row in written["ranks"]] == [("n0", False), ("n0", True)]

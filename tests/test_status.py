@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -310,27 +309,21 @@ def test_the_launcher_names_the_rank_that_it_heard_of_longest_ago():
     assert line in "\n".join(render(found))
 
 
-def ranks(*own, data=0.0):
-    entries = [
-        {"rank": n, "node": f"n{n // 2}", "step_seconds": 2.0, "data_seconds": data * n, "own_seconds": seconds}
-        for n, seconds in enumerate(own)
-    ]
-    return {"step": 120, "time": NOW, "ranks": entries}
+def ranks(*own, data=0.0, slow=()):
+    names = ("rank", "node", "step_seconds", "data_seconds", "own_seconds", "slow")
+    rows = [(n, f"n{n // 2}", 2.0, data * n, seconds, n in slow) for n, seconds in enumerate(own)]
+    return {"step": 120, "time": NOW, "ranks": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
-def test_ranks_above_one_and_a_half_medians_are_slow_and_the_others_are_a_spread():
-    found = find_ranks(ranks(1.0, 1.0, 1.51, 1.0, 1.5, 2.0))
+def test_slow_ranks_are_named_and_the_others_are_a_spread():
+    slow = ranks(1.0, 1.0, 1.51, 1.0, 1.5, 2.0, slow=(2, 5))
+    found = find_ranks(slow)
     assert [(rank.rank, rank.node, rank.times_median) for rank in found.slow] == [(5, "n2", 2.0), (2, "n1", 1.51)]
-    text = "\n".join(render(find_facts(made_up(ranks=ranks(1.0, 1.0, 1.51, 1.0, 1.5, 2.0)), NOW)))
+    text = "\n".join(render(find_facts(made_up(ranks=slow), NOW)))
     assert "ranks        slow: rank 5 on n2 2 s (2.0 x), rank 2 on n1 1.51 s (1.5 x); median 1 s" in text
     text = "\n".join(render(find_facts(made_up(ranks=ranks(1.0, 1.2, 1.4, data=0.1)), NOW)))
     assert "3, none slow: 1 / 1.2 / 1.4 s of own work per step" in text
     assert "longest wait for data 0.2 s (rank 2)" in text
-
-
-def test_of_two_ranks_the_slow_one_shows():
-    assert [rank.rank for rank in find_ranks(ranks(1.0, 1.6)).slow] == [1]
-    assert find_ranks(ranks(0.0, 0.0)).slow == []
 
 
 def test_books_of_the_data_give_fractions_and_reasons(tmp_path):
@@ -377,7 +370,8 @@ def test_even_the_most_eventful_run_fits_on_a_screen():
     log = [f"2030-01-01 00:00:0{n} WARNING evaclip.train: odd {n}" for n in range(9)]
     found = made_up(
         rows=[row], evaluated=results, log=log, checkpoints=[(5, NOW)], damaged=[1, 2, 3, 4],
-        restarts=[ended("restart", n, detail="x") for n in range(9)], ranks=ranks(*([1.0] * 9), *([3.0] * 6)),
+        restarts=[ended("restart", n, detail="x") for n in range(9)],
+        ranks=ranks(*([1.0] * 9), *([3.0] * 6), slow=range(9, 15)),
         cluster={"time": NOW, "state": "running", "nodes": {}}, skipped_steps=[{"step": 3}],
         bad_records=[{"reason": f"r{n}"} for n in range(9)], unreadable={"a": "b"},
     )  # fmt: skip
@@ -462,7 +456,7 @@ def harm(path, how):
             value = {"step": 10**400, "samples": 1e308, "time": 1e308, "train/loss": 1e308, "attempt": -(10**30)}
             value |= {"speed/samples_per_second": 1e-308, "train": {"steps": 1e308, "global_batch": 1e308}}
             value |= {
-                "ranks": [{"own_seconds": 1e-320}, {"own_seconds": 5e-324}, {"own_seconds": 1e300}],
+                "ranks": [{"own_seconds": 1e-320}, {"own_seconds": 5e-324}, {"own_seconds": 1e300, "slow": True}],
                 "action": "restart",
             }
             path.write_text((json.dumps(value) + "\n") * (1 if path.suffix == ".json" else 2))
@@ -521,13 +515,11 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
         read_run(tmp_path / "loop")
 
 
-def test_a_file_that_is_rewritten_in_place_is_read_again(run):
+def test_a_file_that_is_rewritten_in_place_is_read_again(run, monkeypatch):
     whole = json.dumps({"time": time.time(), "state": "running", "attempt": 4, "nodes": {}})
     (run / "cluster.json").write_text(whole[:20])
-    timer = threading.Timer(0.01, (run / "cluster.json").write_text, [whole])
-    timer.start()
+    monkeypatch.setattr(time, "sleep", lambda seconds: (run / "cluster.json").write_text(whole))
     found = read_run(run)
-    timer.join()
     assert found.cluster["attempt"] == 4
     assert found.unreadable == {}
 

@@ -22,7 +22,16 @@ from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
 from evaclip.data.shards import Shard, write_shards
 from evaclip.distributed import Ranks
-from evaclip.errors import CheckpointError, ConfigError, DataError, EvaclipError, OutOfMemoryError, TrainingStoppedError
+from evaclip.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EvaclipError,
+    InterruptedEvaluationError,
+    OutOfMemoryError,
+    TrainingStoppedError,
+)
+from evaclip.evaluation.datasets import Records
 from evaclip.history import load_history
 from evaclip.loss import ContrastiveLoss
 from evaclip.metrics import OF_THE_MACHINE
@@ -72,6 +81,10 @@ def _train_until(run_dir, step, source, **options):
         def agreed(self):
             self.calls += 1
             return 15 if self.calls == step else 0
+
+        def give_way(self):
+            if self.calls >= step:
+                raise InterruptedEvaluationError
 
     run = open_run(tiny_config(run_dir, source, **options), Ranks())
     with _reporting(run) as report:
@@ -346,6 +359,29 @@ def test_a_run_that_is_asked_to_stop_saves_without_evaluating_but_at_its_last_st
     assert ("the evaluation at step 2 is left out" in (tmp_path / "log.txt").read_text()) == (step == 2)
     train(tiny_config(tmp_path, **options))
     assert [row["step"] for row in rows(tmp_path) if "eval/held/loss" in row] == evaluated
+
+
+def test_a_signal_in_the_middle_of_an_evaluation_does_not_wait_for_its_end(tmp_path, colour_shards, monkeypatch):
+    """The step after it is the one that is saved; a run on several ranks needs one more to agree."""
+    read = Records.read
+    numbers = []
+
+    def read_and_signal(self, number):
+        numbers.append(number)
+        if len(numbers) == 15:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return read(self, number)
+
+    monkeypatch.setattr(Records, "read", read_and_signal)
+    datasets = {"held": {"task": "loss", "path": str(colour_shards / "00000.tar")}}
+    options = {"eval__datasets": datasets, "eval__batch": 10, "eval__every_steps": 2, "eval__at_start": False}
+    with pytest.raises(TrainingStoppedError, match="stopped by SIGUSR1 after step 3, which is saved"):
+        train(tiny_config(tmp_path, **options))
+    assert len(numbers) == 20  # the second of three batches was read when the first was encoded
+    assert "the evaluation at step 2 is left out" in (tmp_path / "log.txt").read_text()
+    monkeypatch.undo()
+    train(tiny_config(tmp_path, **options))
+    assert [row["step"] for row in rows(tmp_path) if "eval/held/loss" in row] == [4]
 
 
 def test_a_run_that_too_many_bad_records_stop_is_saved_and_goes_on_with_a_higher_limit(tmp_path):

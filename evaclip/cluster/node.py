@@ -47,6 +47,7 @@ _FRESH_SECONDS = 30.0  # of cluster.json, which a supervisor that lives writes e
 _ORPHANED_SECONDS = 2.0  # for SLURM to end this process, where it has ended the supervisor
 _STACKS_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
+_PR_SET_PTRACER = 0x59616D61  # of the Yama security module; refused, and not needed, where there is none
 
 
 class _Rank:
@@ -63,7 +64,7 @@ class _Rank:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # signals come from here only, and reach its data workers too
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  there are no threads here
+            preexec_fn=_prepare,  # noqa: PLW1509  there are no threads here
         )
         os.set_blocking(self.output.fileno(), False)
 
@@ -315,8 +316,11 @@ def _give_back_the_job() -> None:
             job.requeue()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _prepare() -> None:
+    """In the new process: it dies with its launcher; py-spy may look at it where Yama asks for leave (on Ubuntu)."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1))
 
 
 def _state(pid: int) -> str:

@@ -28,7 +28,7 @@ from evaclip.checkpoint_names import complete, step_name, step_of
 from evaclip.cluster.machines import Machines
 from evaclip.cluster.policy import Attempt, Decision, Sign, choose_nodes, decide, unfit_nodes
 from evaclip.cluster.snapshot import Snapshot, take
-from evaclip.cluster.watch import Ending, Launchers, StopRequest, Watch
+from evaclip.cluster.watch import Ending, Launchers, StopSignals, Watch
 from evaclip.config import RunConfig
 from evaclip.data.order import choose_slots
 from evaclip.errors import ConfigError
@@ -43,7 +43,7 @@ _NODES_BACK_SECONDS = 30.0  # for nodes to answer again before too few are too f
 class Supervisor:
     """A job from its start to its end or requeue."""
 
-    def __init__(self, config: RunConfig, machines: Machines, snapshot: Snapshot, request: StopRequest) -> None:
+    def __init__(self, config: RunConfig, machines: Machines, snapshot: Snapshot, request: StopSignals) -> None:
         self.config, self.machines, self.snapshot, self.request = config, machines, snapshot, request
         self.run_dir = Path(config.run_dir)
         self.attempts: list[Attempt] = []
@@ -264,7 +264,7 @@ def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check:
         ConfigError: The run directory cannot be written, or the ranks cannot share the work.
     """
     logging.basicConfig(format="%(asctime)s launcher: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    request = StopRequest()
+    request = StopSignals()
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request.receive)
     run_dir = Path(config.run_dir).absolute()

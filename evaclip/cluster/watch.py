@@ -79,7 +79,7 @@ class Launchers:
             self.process.wait()
 
 
-class StopRequest:
+class StopSignals:
     """Signals that asked this supervisor, or a node's launcher, to end the run."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Watch:
         self,
         launchers: Launchers,
         config: ClusterConfig,
-        request: StopRequest,
+        request: StopSignals,
         tell: Callable[[list[Sign]], None],
         seconds_left: Callable[[], float],
     ) -> None:

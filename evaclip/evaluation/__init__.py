@@ -6,7 +6,7 @@ the features. Which set is measured how is the configuration's to say, when it h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import assert_never
 
@@ -35,6 +35,7 @@ def evaluate(
     workers: int,
     index_dir: str | None,
     max_image_pixels: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """Measure the datasets of a configuration, one after the other.
 
@@ -47,6 +48,7 @@ def evaluate(
         workers: Processes per rank that read and decode; 0: this one does.
         index_dir: Where shard indexes are kept; None: beside each shard.
         max_image_pixels: Larger images are refused.
+        between: Called before each batch of images; an ``EvaclipError`` that it raises on one rank is raised on all.
 
     Yields:
         A result per set; iterating over one gives ``(eval/NAME/METRIC, value)``.
@@ -54,7 +56,8 @@ def evaluate(
     Raises:
         DataError: On every rank, if something in a set is missing or wrong; nothing is skipped.
     """
-    bench = Bench(encoder, model, _tokenizer(model.text.context_length), ranks, config.batch, workers, max_image_pixels)
+    tokenizer = _tokenizer(model.text.context_length)
+    bench = Bench(encoder, model, tokenizer, ranks, config.batch, workers, max_image_pixels, between)
     for name, dataset in config.datasets.items():
         match dataset:
             case ZeroShotDataset():

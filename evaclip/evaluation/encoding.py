@@ -103,6 +103,8 @@ class Bench:
     workers: int
     """Processes that read and decode; 0: this one does."""
     max_image_pixels: int
+    between: Callable[[], None] = lambda: None
+    """Called before each batch of images; what it raises on one rank ends the evaluation on all of them."""
 
     def images(
         self, records: Records, parse: Callable[[EvalRecord], T]
@@ -126,6 +128,7 @@ class Bench:
         )
         for loaded in batches:
             with agreed(self.ranks):
+                self.between()
                 if isinstance(loaded, DataError):
                     raise loaded
             beat("evaluation")

@@ -37,7 +37,7 @@ def measure_loss(
     if len(records) < bench.batch:
         raise DataError(
             f"{dataset.path}: {len(records)} records do not fill one group of {bench.batch} pairs; "
-            f"lower the batch (eval.batch, --batch) or add records"
+            f"lower the batch (eval.batch, --batch), raise --limit, or add records"
         )
     records = records.first(len(records) // bench.batch * bench.batch)
     alone, scale = Ranks(device=bench.ranks.device), torch.tensor(similarity.scale, device=bench.ranks.device)

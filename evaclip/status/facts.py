@@ -164,7 +164,7 @@ class SkippedSteps:
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank whose own work takes more than 1.5 times the median."""
+    """A rank that the run found to be slow by itself (``pace``)."""
 
     rank: int | None
     node: str | None

@@ -41,8 +41,6 @@ _FRESH_SECONDS = 30.0
 """The launcher writes every second; what it says is believed for so long."""
 _AFTER_SECONDS = 5.0
 """By which clocks of nodes and of the storage may differ."""
-_SLOW = 1.5
-"""Multiple of the median at which a rank is slow."""
 _NEWEST_ROWS = 10
 """Rows over which speeds are averaged."""
 _LAST = 5
@@ -261,7 +259,7 @@ def find_restarts(rows: Sequence[Mapping[str, Any]], *, complete: bool) -> Resta
 def find_ranks(ranks: Mapping[str, Any]) -> RankTimes | None:
     """Who works longest for a step, and who waits longest for data."""
     times = [
-        (own, number(r.get("data_seconds")), integer(r.get("rank")), text(r.get("node")))
+        (own, number(r.get("data_seconds")), integer(r.get("rank")), text(r.get("node")), r.get("slow") is True)
         for r in mappings(ranks.get("ranks"))
         if (own := number(r.get("own_seconds"))) is not None
     ]
@@ -269,8 +267,8 @@ def find_ranks(ranks: Mapping[str, Any]) -> RankTimes | None:
         return None
     owns = [own for own, *_ in times]
     median = statistics.median_low(owns)  # of two ranks the faster one: that the other is slow should show
-    slow = [SlowRank(rank, node, own, own / median) for own, _, rank, node in times if own > _SLOW * median > 0]
-    waits = [(wait, rank) for _, wait, rank, _ in times if wait is not None]
+    slow = [SlowRank(rank, node, own, own / median) for own, _, rank, node, is_slow in times if is_slow and median > 0]
+    waits = [(wait, rank) for _, wait, rank, *_ in times if wait is not None]
     wait, waiting = max(waits, key=lambda entry: entry[0], default=(None, None))
     return RankTimes(
         step=integer(ranks.get("step")),

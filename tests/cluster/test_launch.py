@@ -20,6 +20,8 @@ from cluster.launched import (
     wait_for,
 )
 
+from evaclip.checkpoint import CheckpointReader
+from evaclip.checkpoint_names import complete
 from evaclip.data.shards import write_shards
 
 LONG = {"train__steps": 150, "checkpoint__every_steps": 20}
@@ -38,7 +40,7 @@ def test_killed_and_stopped_ranks_are_named_and_the_run_ends_with_the_same_bits(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with launched(config_file(tmp_path, **LONG, cluster__step_timeout_seconds=3), 2) as process:
+    with launched(config_file(tmp_path, **LONG, cluster__step_timeout_seconds=8), 2) as process:
         first = wait_for(lambda: training(run, 2, beyond=25))
         os.kill(first[1].pid, signal.SIGKILL)
         second = wait_for(lambda: [s for s in training(run, 2, beyond=60) if s.pid not in {f.pid for f in first}])
@@ -57,8 +59,8 @@ def test_killed_and_stopped_ranks_are_named_and_the_run_ends_with_the_same_bits(
     assert f"process {second[0].pid}, stopped by a signal): no sign of life for " in hung["detail"]
     assert (gone["cause"], gone["detail"]) == ("a node is gone", "localhost gives no sign of life")
     seen = float(hung["detail"].rpartition(" for ")[2].removesuffix(" s"))
-    assert 3 <= seen < 5  # the time-out and at most 2 s
-    assert hung["time"] - stopped < 5 + 12  # and the time that py-spy may take for the stacks
+    assert 8 <= seen < 10  # the time-out and at most 2 s
+    assert hung["time"] - stopped < 10 + 12  # and the time that py-spy may take for the stacks
     stacks = {path.name: path.read_text() for path in (run / "logs").glob("stack_*.txt")}
     assert "forward_backward" in stacks["stack_00001.txt"] or "evaclip/train.py" in stacks["stack_00001.txt"]
     assert (complete["cause"], complete["step"]) == ("complete", 150)
@@ -91,7 +93,8 @@ def test_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == os.EX_TEMPFAIL
     assert restarts(run)[-1]["detail"] == "stopped at once by a second signal"
-    assert not list((run / "checkpoints").glob(".*"))
+    # What was being written has not got its name, and what has is whole: reading compares checksums.
+    assert [CheckpointReader(path).weights().keys() for path in complete(run / "checkpoints")]
 
 
 def test_crash_that_repeats_at_one_step_ends_the_run_with_the_evidence(tmp_path: Path) -> None:
