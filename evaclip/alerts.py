@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaclip.errors import EvaclipError, TrainingStoppedError
@@ -87,18 +85,3 @@ def restarts(rows: Iterable[Mapping[str, Any]]) -> list[Alert]:
     """Rows of ``restarts.jsonl`` after which the launcher started the run again."""
     again = [row for row in rows if row.get("action") in ("restart", "requeue")]
     return [Alert(f"restarted: {row.get('cause')}", str(row.get("detail"))) for row in again]
-
-
-def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a list that another process appends to; what it is just writing is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line) if line.endswith("\n") else None
-        except ValueError:  # half a line of a launcher that was killed, and what was appended to it
-            row = {}
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -61,7 +61,7 @@ _WAITED_FOR_SECONDS = (1.0, 2.0, 4.0)
 _MOST_FAILED = 3
 """Checkpoints in a row that cannot be written, after which the run stops."""
 _PATIENCE_SECONDS = 600.0
-"""How long rank 0 waits for a rank whose part does not grow; less than a collective's time-out."""
+"""How long rank 0 waits for a rank whose part does not grow, where ``cluster.step_timeout_seconds`` is longer."""
 _LEAVING_SECONDS = 20.0
 """The same when the run ends with an error, of which the other ranks may have died."""
 
@@ -86,7 +86,7 @@ class CheckpointWriter:
         self._part: Future[str | None] | None = None
         self._commit: Future[str | None] | None = None
         self._failed_part: str | None = None
-        self._patience = _PATIENCE_SECONDS
+        self._patience = min(_PATIENCE_SECONDS, 0.8 * config.cluster.step_timeout_seconds)
         self._waited_for = threading.Event()
         self._num_failed = 0
         self._intact = max(complete(folder), default=None)

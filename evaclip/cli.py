@@ -50,7 +50,8 @@ def _run(options: argparse.Namespace) -> None:
             raise
         rank = os.environ.get("RANK", "0")
         log_error(str(error))
-        if rank == "0" or not (error.on_all_ranks or isinstance(error, TrainingStoppedError)):
+        watched = "EVACLIP_NODE" in os.environ  # by a launcher that tells of one rank what any of them says
+        if rank == "0" or watched or not (error.on_all_ranks or isinstance(error, TrainingStoppedError)):
             print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(_exit_code(error))

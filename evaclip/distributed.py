@@ -20,8 +20,8 @@ from torch import Tensor
 
 from evaclip.errors import EvaclipError
 
-_TIMEOUT = timedelta(minutes=30)
-"""How long a collective may take before the run fails."""
+_TIMEOUT_SECONDS = 1800.0
+"""How long a collective may take before the run fails, where nobody says otherwise."""
 
 T = TypeVar("T")
 
@@ -119,11 +119,12 @@ def _free_port() -> int:
 
 
 @contextmanager
-def started(*, need_group: bool) -> Generator[Ranks]:
+def started(*, need_group: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -> Generator[Ranks]:
     """Join the process group that torchrun describes in the environment; leave it at the end.
 
     Args:
         need_group: Make a group even on one rank (DeepSpeed wants one).
+        timeout_seconds: How long ranks may wait for one another.
 
     Raises:
         EvaclipError: There are more processes than GPUs.
@@ -146,7 +147,7 @@ def started(*, need_group: bool) -> Generator[Ranks]:
         alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update({**alone, "LOCAL_RANK": "0"})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield Ranks(rank, world_size, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:

@@ -1,7 +1,9 @@
 """What a rank is doing, for whoever watches it: a few bytes in a mapped file, written without a system call.
 
 A launcher (``cluster.node``) names the folder in ``EVACLIP_HEARTBEATS``; without one nothing is written. The file stays
-when the rank dies or hangs, and then tells where. Decides nothing and knows nobody who reads it.
+when the rank dies or hangs, and then tells where. It has two places, written in turn and each with its checksum: who
+reads in the middle of a write, or of one that death broke off, takes the other. Decides nothing and knows nobody who
+reads it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import mmap
 import os
 import struct
 import time
+import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +22,10 @@ Phase = Literal["start", "data", "forward", "update", "metrics", "evaluation", "
 PHASES: tuple[Phase, ...] = ("start", "data", "forward", "update", "metrics", "evaluation", "checkpoint", "end")
 """In the order of a step; ``start`` is all before the first update is done, ``end`` all after the last is saved."""
 
-_LAYOUT = struct.Struct("<qqqd")  # process, step, phase, seconds of the machine's monotonic clock
+_BEAT = struct.Struct("<qqqd")  # process, step, phase, seconds of the machine's monotonic clock
+_CHECKSUM = struct.Struct("<q")
+_PLACE = _BEAT.size + _CHECKSUM.size
+_SIZE = 2 * _PLACE
 
 
 class Beat(NamedTuple):
@@ -38,6 +44,7 @@ class _Heart:
 
     pages: mmap.mmap | None = None
     asked = False
+    count = 0
     step = -1
     trained = False
     """An update is done: until then every part of a step may take minutes, and counts as the start."""
@@ -53,7 +60,10 @@ def beat(phase: Phase, step: int | None = None) -> None:
         _Heart.trained |= phase == "metrics"
         if phase in ("data", "forward", "update") and not _Heart.trained:
             phase = "start"
-        _LAYOUT.pack_into(_Heart.pages, 0, os.getpid(), _Heart.step, PHASES.index(phase), time.monotonic())
+        content = _BEAT.pack(os.getpid(), _Heart.step, PHASES.index(phase), time.monotonic())
+        begin = _Heart.count % 2 * _PLACE
+        _Heart.pages[begin : begin + _PLACE] = content + _CHECKSUM.pack(zlib.crc32(content))
+        _Heart.count += 1
 
 
 def read_beats(folder: Path) -> list[Beat]:
@@ -61,10 +71,18 @@ def read_beats(folder: Path) -> list[Beat]:
     beats: list[Beat] = []
     for path in folder.glob("rank_*"):
         content = path.read_bytes()
-        pid, step, phase, seconds = _LAYOUT.unpack_from(content) if len(content) == _LAYOUT.size else (0, 0, 0, 0.0)
-        if pid:  # there was one
+        whole = [beat for place in range(2) if (beat := _whole(content[place * _PLACE : (place + 1) * _PLACE]))]
+        if whole:  # there was one
+            pid, step, phase, seconds = max(whole, key=lambda beat: beat[-1])
             beats.append(Beat(int(path.name.removeprefix("rank_")), pid, step, PHASES[phase], seconds))
     return sorted(beats)
+
+
+def _whole(place: bytes) -> tuple[int, int, int, float] | None:
+    """What stands in a place, if it is not half of one beat and half of another."""
+    if len(place) < _PLACE or _CHECKSUM.unpack_from(place, _BEAT.size)[0] != zlib.crc32(place[: _BEAT.size]):
+        return None
+    return _BEAT.unpack_from(place)
 
 
 def _open() -> mmap.mmap | None:
@@ -73,8 +91,8 @@ def _open() -> mmap.mmap | None:
     path = Path(os.environ[FOLDER]) / f"rank_{os.environ.get('RANK', '0')}"
     try:
         with path.open("w+b") as file:
-            file.write(bytes(_LAYOUT.size))
+            file.write(bytes(_SIZE))
             file.flush()
-            return mmap.mmap(file.fileno(), _LAYOUT.size)
+            return mmap.mmap(file.fileno(), _SIZE)
     except OSError:  # a full disk, say: nobody watches then, and the launcher's time-out counts from the start
         return None

@@ -185,6 +185,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, file)
 
 
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a list that another process appends to; what it is just writing is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith("\n") else None
+        except ValueError:  # half a line of a launcher that was killed, and what was appended to it
+            row = {}
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def load_history(path: Path) -> list[Row]:
     """Return the rows of a ``metrics.jsonl`` without changing it; a torn last line is left out."""
     return list(read_history(path))

@@ -15,6 +15,7 @@ import os
 import platform
 import struct
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,31 @@ def holder(directory: Path) -> Holder | None:
     if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
         return Holder(name, alive=True)
     # where locks reach no further than a node, those of other nodes do not show
-    return Holder(name, alive=False if f" on {platform.node()}," in name else None)
+    return Holder(name, alive=False if _is_here(name) else None)
+
+
+def require_free(directory: Path) -> None:
+    """Refuse a folder in which another process trains, before anything of it is touched; takes nothing.
+
+    Raises:
+        RunLockedError: The message names it.
+    """
+    deadline = time.monotonic() + _LEASE_SECONDS
+    with suppress(OSError):
+        while (found := holder(directory)) and found.alive:
+            if _is_here(found.name) or time.monotonic() > deadline:
+                raise _locked(directory, found.name)
+            time.sleep(1.0)
+
+
+def _is_here(holder: str) -> bool:
+    return f" on {platform.node()}," in holder
+
+
+def _locked(directory: Path, holder: str) -> RunLockedError:
+    return RunLockedError(
+        f"another process trains in run_dir {directory} ({holder}); wait for it or end it, or choose another run_dir"
+    )
 
 
 def _acquire(descriptor: int, directory: Path) -> None:
@@ -100,11 +125,8 @@ def _acquire(descriptor: int, directory: Path) -> None:
             return
         else:
             return
-        if f" on {platform.node()}," in holder or time.monotonic() > deadline:
-            raise RunLockedError(
-                f"another process trains in run_dir {directory} ({holder}); wait for it or end it, or choose another "
-                f"run_dir"
-            )
+        if _is_here(holder) or time.monotonic() > deadline:
+            raise _locked(directory, holder)
         if not told:
             log.warning("run_dir %s is locked (%s); waiting for it to be free", directory, holder)
             told = True

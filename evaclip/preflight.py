@@ -1,17 +1,18 @@
 """Checks of the nodes before a run starts: each node's own facts, and how fast ranks reach one another.
 
-Ranks run it as they run a training (``cluster``). The first rank of each node tells its facts, and looks whether it
-sees in ``run_dir/preflight`` what rank 0 has written; rank 0 makes one table of all and ends with an error that names
-the nodes where something is wrong. Nodes that do not come so far are named by the launcher.
+Ranks run it as they run a training (``cluster``). The first rank of each node writes its facts into
+``run_dir/preflight/START``, where rank 0 reads them: no network is needed to say what is wrong, and a node whose facts
+do not come is named. Only where nothing is wrong do the ranks meet, for an all-reduce. Nodes on which not even Python
+starts are named by the launcher.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,16 +27,19 @@ from evaclip.checkpoint_names import complete
 from evaclip.config import DeepSpeedEngineConfig, RunConfig, ShardSource
 from evaclip.data.tar import expand_names
 from evaclip.distributed import Ranks, started
-from evaclip.errors import EvaclipError
+from evaclip.errors import EvaclipError, writing
 from evaclip.heartbeat import beat
 from evaclip.models.clip import CLIP
+from evaclip.trial import available_bytes
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "safetensors", "triton", "flash-attn")
 _CLOCK_SECONDS = 2.0
 """That two nodes' clocks may be apart; times in logs and names of files depend on them, no step does."""
-_IDLE_SHARE = 0.05  # of a GPU's memory that may be in use before we come
+_IDLE_SHARE = 0.1  # of a GPU's memory that may be in use: what the driver and CUDA take for themselves
+_MEET_SECONDS = 240.0  # for all nodes to import torch and look at themselves, perhaps from a cold network disk
+_GROUP_SECONDS = 300.0  # for all ranks to meet
 _STATE_BYTES = 12  # a parameter's weight and two moments in a checkpoint
 _DRIVER = Path("/proc/driver/nvidia/version")
 _REDUCED_MIB = {"cuda": 256, "cpu": 16}
@@ -47,57 +51,103 @@ class Facts(NamedTuple):
     node: str
     versions: dict[str, str]
     gpus: str
-    problems: list[str]
+    cores: int
+    """That this process may use."""
+    memory_gib: float
     free_gib: float
-    seconds: float
-    """Its clock, just after all ranks met."""
+    problems: list[str]
 
 
 def preflight(config: RunConfig) -> None:
-    """Check all nodes and print one table.
+    """Check all nodes, print one table, and let the ranks meet.
 
     Raises:
         EvaclipError: Something is wrong; the message names the nodes and what to do. It may be gone at the next start.
     """
     beat("start")
-    with started(need_group=isinstance(config.engine, DeepSpeedEngineConfig)) as ranks:
-        token = ranks.from_main(f"{time.time()} {os.getpid()}")
-        folder = Path(config.run_dir) / "preflight"
-        if ranks.is_main:
+    rank, local_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // local_ranks
+    folder = Path(config.run_dir) / "preflight" / _start_name()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        with writing(f"run_dir {config.run_dir}"):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "shared.txt").write_text(token, encoding="utf-8")
-        ranks.barrier()
-        leads = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        now = time.time()
-        facts = _facts(config, folder, token, now, ranks) if leads else None
-        gathered = [found for found in ranks.gather_objects(facts) if found]
+        _write(folder, _facts(config, local_ranks))
+    if rank == 0:
+        facts, problems = _gather(folder, num_nodes)
+        print(_table(facts), flush=True)  # noqa: T201  for the job's output
+        shutil.rmtree(folder, ignore_errors=True)
+        if problems:
+            first, *others = problems  # launchers tell the first line alone
+            raise EvaclipError("\n  ".join([f"preflight found {len(problems)} problems: {first}", *others]))
+    with started(need_group=isinstance(config.engine, DeepSpeedEngineConfig), timeout_seconds=_GROUP_SECONDS) as ranks:
         beat("end")  # imports are done: the launcher readies the next ranks now
+        ranks.barrier()
+        clocks = ranks.gather_objects(time.time())
         speed = _all_reduce(ranks)
-        problems: list[str] = []
         if ranks.is_main:
-            problems = [f"{fact.node}: {problem}" for fact in gathered for problem in fact.problems]
-            problems += list(_differences(gathered))
-            print(_table(gathered, speed, ranks), flush=True)  # noqa: T201  for the job's output
-        problems = ranks.from_main(problems)
-    if problems:
-        error = EvaclipError("\n  ".join(["preflight found what would stop the run:", *problems]))
-        error.on_all_ranks = True
-        raise error
+            apart = max(clocks) - min(clocks)
+            print(  # noqa: T201  as above
+                f"all-reduce over {ranks.world_size} ranks: {speed:.2f} GB/s per rank; clocks within {apart:.2f} s",
+                flush=True,
+            )
+            if apart > _CLOCK_SECONDS:
+                log.warning("the nodes' clocks are %.1f s apart; logs will not fit together", apart)
 
 
-def _facts(config: RunConfig, folder: Path, token: str, now: float, ranks: Ranks) -> Facts:
+def _start_name() -> str:
+    """The same on all ranks of this start, and of no other."""
+    alone = os.environ.get("MASTER_PORT", str(os.getpid()))
+    return os.environ.get("EVACLIP_START") or os.environ.get("TORCHELASTIC_RUN_ID", "none") + f"-{alone}"
+
+
+def _write(folder: Path, facts: Facts) -> None:
+    """Leave a node's facts for rank 0; the file has its name when it is whole."""
+    with writing(str(folder)):
+        temporary = folder / f".{facts.node}.tmp"
+        temporary.write_text(json.dumps(facts._asdict()), encoding="utf-8")
+        temporary.replace(folder / f"{facts.node}.json")
+
+
+def _gather(folder: Path, num_nodes: int) -> tuple[list[Facts], list[str]]:
+    """All nodes' facts, and what is wrong: with a node, between nodes, or that one says nothing."""
+    deadline = time.monotonic() + _MEET_SECONDS
+    while len(found := sorted(folder.glob("*.json"))) < num_nodes and time.monotonic() < deadline:
+        beat("start")
+        time.sleep(0.2)
+    facts = [Facts(**json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    expected = os.environ.get("EVACLIP_NODES", "").split(",")
+    missing = [node for node in expected if node and node not in {fact.node for fact in facts}]
+    if not missing and len(facts) < num_nodes:
+        missing = [f"{num_nodes - len(facts)} of {num_nodes} nodes"]
+    problems = [
+        f"{node}: no word in {folder.parent} for {_MEET_SECONDS:.0f} s: it does not see this run_dir, which has to be "
+        f"on shared storage, or its ranks do not come so far (logs/console_*.txt)"
+        for node in missing
+    ]
+    problems += [f"{fact.node}: {problem}" for fact in facts for problem in fact.problems]
+    return facts, [*problems, *_differences(facts)]
+
+
+def _facts(config: RunConfig, local_ranks: int) -> Facts:
+    cores, memory = len(os.sched_getaffinity(0)), available_bytes(torch.device("cpu")) / 2**30
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "-"
+    gpus = f"{torch.cuda.device_count()} x {name}" if torch.cuda.is_available() else "none"
+    free = shutil.disk_usage(config.run_dir).free
+    problems = [*_unreadable(config), *_gpu_problems(local_ranks, cores), *_disk_problems(config, free)]
+    wanted = local_ranks * (1 + config.data.workers)
+    if cores < wanted:
+        log.warning("%d cores for %d ranks and data workers: loading may be slow; lower data.workers", cores, wanted)
     node = os.environ.get("EVACLIP_NODE", platform.node())
+    return Facts(node, _versions(), gpus, cores, memory, free / 2**30, problems)
+
+
+def _disk_problems(config: RunConfig, free: float) -> Iterator[str]:
     needed = _checkpoint_bytes(config)
-    problems = [*_shared(folder, token), *_unreadable(config), *_busy(ranks)]
-    free = shutil.disk_usage(Path(config.run_dir)).free
     if free < needed:
-        problems.append(
+        yield (
             f"{free / 2**30:.1f} GiB are free for checkpoints in {config.run_dir}, {needed / 2**30:.1f} are needed; "
             f"free some space or lower checkpoint.keep_last"
         )
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "-"
-    gpus = f"{torch.cuda.device_count()} x {name}" if torch.cuda.is_available() else "none"
-    return Facts(node, _versions(), gpus, problems, free / 2**30, now)
 
 
 def _versions() -> dict[str, str]:
@@ -116,18 +166,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _shared(folder: Path, token: str) -> Iterator[str]:
-    """Whether this node sees what rank 0 wrote; network file systems may take a few seconds."""
-    for _ in range(20):
-        try:
-            if (folder / "shared.txt").read_text(encoding="utf-8") == token:
-                return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    yield f"run_dir {folder.parent.absolute()} is not the folder that the first node sees; put it on shared storage"
-
-
 def _unreadable(config: RunConfig) -> Iterator[str]:
     """Shards that cannot be read here, of the first and the last of each source; others are looked at by training."""
     for name, source in config.data.sources.items():
@@ -144,21 +182,23 @@ def _unreadable(config: RunConfig) -> Iterator[str]:
                 yield f"shard {path} of source {name} cannot be read: {error.strerror}"
 
 
-def _busy(ranks: Ranks) -> Iterator[str]:
-    """GPUs that somebody else computes on, or fewer than ranks."""
-    if ranks.device.type != "cuda":
-        if shutil.which("nvidia-smi") and "/dev/nvidia0" in subprocess.getoutput("ls /dev/nvidia0"):  # noqa: S605, S607
+def _gpu_problems(local_ranks: int, cores: int) -> Iterator[str]:
+    """GPUs that torch does not see, that somebody else computes on, too few or too many, or with too few cores."""
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidia0").exists():
             yield "the machine has GPUs that torch does not see; look at the driver, torch.version.cuda and the job"
         return
-    if torch.cuda.device_count() > ranks.local_world_size:
+    if cores < local_ranks:
+        yield f"{cores} cores for {local_ranks} ranks; ask for whole nodes (--exclusive) or --cpus-per-task"
+    count = torch.cuda.device_count()
+    if count != local_ranks:
         yield (
-            f"{torch.cuda.device_count()} GPUs, but {ranks.local_world_size} ranks; set EVACLIP_RANKS_PER_NODE, or ask "
-            f"for fewer GPUs"
+            f"{count} GPUs, but {local_ranks} ranks; set EVACLIP_RANKS_PER_NODE, or ask for as many GPUs as are wanted"
         )
-    for number in range(torch.cuda.device_count()):
+    for number in range(count):
         free, total = torch.cuda.mem_get_info(number)
         own = torch.cuda.memory_reserved(number)
-        if 1 - (free + own) / total > _IDLE_SHARE + 0.05:  # and what CUDA itself takes per process
+        if 1 - (free + own) / total > _IDLE_SHARE:
             yield f"GPU {number} has only {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; end what runs there"
 
 
@@ -173,19 +213,17 @@ def _checkpoint_bytes(config: RunConfig) -> float:
 
 def _differences(facts: Sequence[Facts]) -> Iterator[str]:
     """Nodes that are not as most of them are."""
+    if not facts:
+        return
     for package in dict.fromkeys(name for fact in facts for name in fact.versions):
         found = [fact.versions.get(package, "unknown") for fact in facts]
-        usual = max(set(found), key=found.count)
+        usual = max(found, key=found.count)
         for fact, own in zip(facts, found, strict=True):
             if own != usual:
                 yield f"{fact.node}: {package} {own}, elsewhere {usual}; install the same everywhere"
     kinds = [fact.gpus for fact in facts]
-    usual = max(set(kinds), key=kinds.count)
+    usual = max(kinds, key=kinds.count)
     yield from (f"{fact.node}: GPUs {fact.gpus}, elsewhere {usual}" for fact in facts if fact.gpus != usual)
-    middle = sorted(fact.seconds for fact in facts)[len(facts) // 2]
-    for fact in facts:
-        if abs(fact.seconds - middle) > _CLOCK_SECONDS:
-            log.warning("%s: the clock is %+.1f s off; logs will not fit together", fact.node, fact.seconds - middle)
 
 
 def _all_reduce(ranks: Ranks) -> float:
@@ -207,12 +245,11 @@ def _all_reduce(ranks: Ranks) -> float:
     return 2 * (ranks.world_size - 1) / ranks.world_size * values.nbytes / min(times) / 1e9
 
 
-def _table(facts: Sequence[Facts], speed: float, ranks: Ranks) -> str:
-    first = min(fact.seconds for fact in facts)
-    lines = [f"{'node':16} {'GPUs':28} {'torch':12} {'free disk':>11} {'clock':>8}  problems"]
+def _table(facts: Sequence[Facts]) -> str:
+    lines = [f"{'node':16} {'GPUs':28} {'torch':12} {'cores':>5} {'memory':>9} {'free disk':>11}  problems"]
     lines += [
-        f"{fact.node:16} {fact.gpus:28} {fact.versions['torch']:12} {fact.free_gib:7.0f} GiB "
-        f"{fact.seconds - first:+6.2f} s  {len(fact.problems) or 'none'}"
+        f"{fact.node:16} {fact.gpus:28} {fact.versions['torch']:12} {fact.cores:5} {fact.memory_gib:5.0f} GiB "
+        f"{fact.free_gib:7.0f} GiB  {len(fact.problems) or 'none'}"
         for fact in facts
     ]
-    return "\n".join([*lines, f"all-reduce over {ranks.world_size} ranks: {speed:.2f} GB/s per rank"])
+    return "\n".join(lines)

@@ -41,9 +41,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evaclip.alerts import Alert, restarts, whole_rows
+from evaclip.alerts import Alert, restarts
 from evaclip.checkpoint import CheckpointReader, best, complete, find_checkpoint
 from evaclip.errors import CheckpointError, ConfigError
+from evaclip.history import whole_rows
 from evaclip.lock import lock
 
 if TYPE_CHECKING:

@@ -60,7 +60,8 @@ def train(config: RunConfig) -> None:
         EvaclipError: With a message for the user.
     """
     beat("start")
-    with started(need_group=isinstance(config.engine, DeepSpeedEngineConfig)) as ranks:
+    need_group = isinstance(config.engine, DeepSpeedEngineConfig)
+    with started(need_group=need_group, timeout_seconds=config.cluster.longest_wait_seconds) as ranks:
         train_on(ranks, config)
 
 

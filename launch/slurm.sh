@@ -47,7 +47,9 @@ code=$here
 snapshot=$here/.jobs/${SLURM_JOB_ID:-}
 if [ "${SLURM_RESTART_COUNT:-0}" != 0 ] && [ -f "$snapshot/config.yaml" ] && [[ " $* " != *" --new-code "* ]]; then
   code=$snapshot/code
-  set -- "$snapshot/config.yaml"
+  options=()
+  for argument; do if [[ $argument == --* ]]; then options+=("$argument"); fi; done
+  set -- "$snapshot/config.yaml" ${options[@]+"${options[@]}"}  # an empty list is an error in old shells
 fi
 export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
 exec "${EVACLIP_PYTHON:-python3}" -P -m evaclip launch "$@"

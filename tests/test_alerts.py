@@ -11,10 +11,11 @@ import yaml
 from tiny import SYNTHETIC, colour_records, merged, tiny_config, tiny_tree
 from wandb_server import KEY, environment, offline_files, read_back, serving
 
-from evaclip.alerts import Alarms, ending, restarts, whole_rows
+from evaclip.alerts import Alarms, ending, restarts
 from evaclip.data.accounts import SourceAccount
 from evaclip.data.shards import write_shards
 from evaclip.errors import DataError, TrainingStoppedError
+from evaclip.history import whole_rows
 
 GONE = {"time": 1.0, "attempt": 1, "cause": "a node is gone", "detail": "n2 is not heard of since step 57"}
 

@@ -130,6 +130,8 @@ def test_environment_expands_in_paths_and_missing_names_are_errors(load, monkeyp
     ("shards", "message"),
     [
         ("${NOT_THERE}/0.tar", "environment variable NOT_THERE is not set"),
+        ("s3://bucket/${MY_API_KEY}/0.tar", "MY_API_KEY sounds like a secret, and would be written into config.yaml"),
+        ("https://me:word@host/0.tar", "a name or password in a URL would be written into config.yaml"),
         ("ftp://host/0.tar", "only paths and http, https, s3, gs URLs are read"),
         ("/data/*.tar", "wildcards are not expanded"),
         (5, "should be a valid tuple"),

@@ -44,8 +44,46 @@ def test_a_folder_that_is_gone_does_not_stop_the_rank(tmp_path):
 
 def test_a_file_without_a_beat_is_no_rank(tmp_path):
     (tmp_path / "rank_0").write_bytes(b"")
-    (tmp_path / "rank_1").write_bytes(bytes(32))
+    (tmp_path / "rank_1").write_bytes(bytes(80))
     assert read_beats(tmp_path) == []
+
+
+BEATING = """
+from evaclip.heartbeat import beat
+step = 0
+while True:
+    beat("metrics", step := step + 1)
+"""
+
+
+def test_whoever_reads_in_the_middle_of_a_write_sees_a_whole_beat(tmp_path):
+    environment = {**os.environ, FOLDER: str(tmp_path), "RANK": "0"}
+    process = subprocess.Popen([sys.executable, "-c", BEATING], env=environment)
+    try:
+        while not read_beats(tmp_path):
+            time.sleep(0.01)
+        seen = [0]
+        for _ in range(20_000):
+            if beats := read_beats(tmp_path):  # it may be overtaken twice within one read, and then says nothing
+                (beat,) = beats
+                assert (beat.pid, beat.phase) == (process.pid, "metrics")
+                assert time.monotonic() - 5 < beat.seconds <= time.monotonic()
+                seen.append(beat.step)
+        assert seen == sorted(seen)
+        assert len(seen) > 15_000
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_beat_that_death_broke_off_leaves_the_one_before(tmp_path):
+    environment = {**os.environ, FOLDER: str(tmp_path), "RANK": "3"}
+    subprocess.run([sys.executable, "-c", DYING], env=environment, check=False)
+    path = tmp_path / "rank_3"
+    content = bytearray(path.read_bytes())
+    content[40:60] = bytes(20)  # the fourth of four beats stands in the second place
+    path.write_bytes(content)
+    assert [(beat.step, beat.phase) for beat in read_beats(tmp_path)] == [(7, "data")]
 
 
 FIRST = """

@@ -17,6 +17,8 @@ class Machines(Protocol):
     num_nodes: int
     """That were asked for."""
     ranks_per_node: int
+    in_a_queue: bool
+    """There is a scheduler that a node can ask to start the job anew."""
     was_requeued: bool
     """This is not the job's first start."""
 
@@ -30,8 +32,8 @@ class Machines(Protocol):
         """Until the job's time is over."""
         ...
 
-    def nodes(self) -> list[str]:
-        """Those that can be used now, in the job's order."""
+    def nodes(self) -> list[str] | None:
+        """Those that can be used now, in the job's order; None where nobody says."""
         ...
 
     def address(self, node: str) -> str:
@@ -60,6 +62,7 @@ class ThisMachine:
 
     job = "local"
     num_nodes = 1
+    in_a_queue = False
     may_requeue = False
     was_requeued = False
     seconds_left = math.inf

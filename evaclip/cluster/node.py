@@ -12,22 +12,21 @@ process ends, the system ends its ranks (prctl(2), PR_SET_PDEATHSIG).
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import selectors
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from evaclip.cluster.behind import Behind
+from evaclip.cluster.processes import RankProcess, most_telling, state, write_stacks
 from evaclip.cluster.slurm import SlurmJob
 from evaclip.errors import EvaclipError
 from evaclip.heartbeat import FOLDER, read_beats
@@ -38,78 +37,12 @@ REPORT_SECONDS = 0.5
 _KILLED_SECONDS = 0.5  # for the others to end by themselves, and with their own words, after one was killed
 _FAILED_SECONDS = 5.0  # the same after one ended with an error, which the others may know too
 _WELL = (0, os.EX_TEMPFAIL)  # codes of ranks that leave together; the first one may upload for a while
-_LAST_LINES = 20  # of a rank's output that are looked at when it fails
-_WORDS = 300  # characters that are told of them
 _SIGNS_IN_A_REPORT = 8
-_CONSOLE_BYTES = 10 << 20  # of a rank's output in one file; there are two
 _DYING_SECONDS = 20.0
-_FRESH_SECONDS = 30.0  # of cluster.json, which a supervisor that lives writes every second
+_FRESH_SECONDS = 12.0  # in which a supervisor that lives writes cluster.json several times
+_STALLED_SECONDS = 5.0  # that this process itself stood still
+_ONE_REQUEST_SECONDS = 3.0  # in which one signal may come several times
 _ORPHANED_SECONDS = 2.0  # for SLURM to end this process, where it has ended the supervisor
-_STACKS_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
-_PR_SET_PTRACER = 0x59616D61  # of the Yama security module; refused, and not needed, where there is none
-
-
-class _Rank:
-    """A process that is, or may become, a rank of a training; and what it prints."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.number = -1
-        self.last: deque[str] = deque(maxlen=_LAST_LINES)
-        self._file: IO[bytes] | None = None
-        self._torn = b""
-        self.process = subprocess.Popen(  # noqa: S603  our own command
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # signals come from here only, and reach its data workers too
-            preexec_fn=_prepare,  # noqa: PLW1509  there are no threads here
-        )
-        os.set_blocking(self.output.fileno(), False)
-
-    def begin(self, number: int, environment: dict[str, str], arguments: list[str], console: Path) -> None:
-        """Give it its place."""
-        self.number, self._console = number, console
-        with suppress(OSError):  # a full disk costs this file
-            self._file = console.open("ab", buffering=0)
-        assert self.process.stdin
-        with suppress(BrokenPipeError):  # it died as a spare; its exit code tells
-            self.process.stdin.write(json.dumps({"environment": environment, "arguments": arguments}).encode() + b"\n")
-            self.process.stdin.close()
-
-    @property
-    def output(self) -> IO[bytes]:
-        assert self.process.stdout
-        return self.process.stdout
-
-    def pump(self) -> bool:
-        """Pass on what it has printed; False at the end of it."""
-        content = self.output.read(1 << 16)
-        if content is None:
-            return True
-        with suppress(OSError):  # a full disk costs lines of this file
-            self._keep(content)
-        *lines, self._torn = (self._torn + content).split(b"\n")
-        self.last.extend(line.decode(errors="replace") for line in lines if line.strip())
-        if self.number == 0:
-            with suppress(OSError):  # the job's output
-                os.write(2, content)
-        return bool(content)
-
-    def _keep(self, content: bytes) -> None:
-        if self._file is None:  # a spare
-            return
-        self._file.write(content)
-        if self._file.tell() > _CONSOLE_BYTES:
-            self._file.close()
-            self._console.replace(self._console.with_name(f"{self._console.name}.1"))
-            self._file = self._console.open("ab", buffering=0)
-
-    def kill(self) -> None:
-        """End it and its children at once."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Node:
@@ -118,14 +51,20 @@ class Node:
     def __init__(self, name: str) -> None:
         self.name = name
         self._selector = selectors.DefaultSelector()
-        self._ranks: list[_Rank] = []
-        self._spares: list[_Rank] = []
+        self._ranks: list[RankProcess] = []
+        self._spares: list[RankProcess] = []
         self._command: list[str] = []
         self._attempt = 0
         self._beats = Path(tempfile.mkdtemp(prefix="evaclip_"))
         self._logs = Path()
         self._orders = b""
+        self._files = Behind()
         self._dismissed = False
+        self._may_give_back = False
+        self._signalled_at = 0.0
+        """When the scheduler first asked this attempt to stop."""
+        self._passed_on = False
+        """The ranks were asked to stop; to ask them again would end them at once."""
         self._asked = time.monotonic()
         """When the supervisor was last heard of."""
         self._patience = float("inf")
@@ -141,9 +80,12 @@ class Node:
         self._selector.register(0, selectors.EVENT_READ, None)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._signalled)
-        reported = 0.0
+        reported, looked = 0.0, time.monotonic()
         try:
             while not self._dismissed:
+                if time.monotonic() - looked > _STALLED_SECONDS:  # suspended: orders may lie ready
+                    self._asked += time.monotonic() - looked
+                looked = time.monotonic()
                 for key, _ in self._selector.select(0.05):
                     if key.data is None:
                         self._take_orders()
@@ -155,12 +97,13 @@ class Node:
                     self._tell_signs()
                     self._keep_spares()
                 if time.monotonic() - self._asked > self._patience:
-                    if not self._goes_on_elsewhere():
+                    if self._may_give_back and self._nobody_writes():
                         _give_back_the_job()
                     return
         finally:
             for rank in (*self._ranks, *self._spares):
                 rank.kill()
+            self._files.close()
             shutil.rmtree(self._beats, ignore_errors=True)
 
     def _take_orders(self) -> None:
@@ -180,8 +123,7 @@ class Node:
                 case "signal":
                     self._send(order["number"])
                 case "stacks":
-                    _write_stacks({rank.number: rank.process.pid for rank in self._ranks}, self._logs)
-                    self._tell("stacks")
+                    threading.Thread(target=self._stacks, daemon=True).start()
                 case "kill":
                     self._kill()
                 case "alive":
@@ -196,6 +138,7 @@ class Node:
         nodes, local_ranks = order["nodes"], order["ranks_per_node"]
         self._attempt, self._patience = order["attempt"], order["patience_seconds"]
         self._command, self._codes, self._deadline = order["command"], {}, None
+        self._may_give_back, self._signalled_at, self._passed_on = order["may_give_back"], 0.0, False
         for path in self._beats.iterdir():
             path.unlink()
         self._logs = Path(order["logs"])
@@ -210,6 +153,8 @@ class Node:
                 "MASTER_ADDR": order["address"],
                 "MASTER_PORT": order["port"],
                 "EVACLIP_NODE": self.name,
+                "EVACLIP_NODES": ",".join(nodes),
+                "EVACLIP_START": order["name"],
                 FOLDER: self._beats,
             }
             self._spares = [rank for rank in self._spares if rank.process.poll() is None]
@@ -219,8 +164,8 @@ class Node:
             rank.begin(first + local, environment, order["arguments"], console)
             self._ranks.append(rank)
 
-    def _new(self) -> _Rank:
-        rank = _Rank(self._command)
+    def _new(self) -> RankProcess:
+        rank = RankProcess(self._command, self._files)
         self._selector.register(rank.output, selectors.EVENT_READ, rank)
         return rank
 
@@ -256,17 +201,25 @@ class Node:
         told = sorted(failed, key=lambda number: self._codes[number] != os.EX_CONFIG)[
             :1
         ]  # the first, or why it refused
-        words = {str(rank.number): _most_telling(rank.last) for rank in self._ranks if rank.number in told}
+        words = {str(rank.number): most_telling(rank.last) for rank in self._ranks if rank.number in told}
         self._tell("left", codes=list(self._codes.items()), words=words)
         self._ranks, self._codes, self._dying = [], {}, 0.0
 
-    def _goes_on_elsewhere(self) -> bool:
-        """Whether the supervisor lives, and it is this node that was given up."""
-        try:
-            status = json.loads((self._logs.parent / "cluster.json").read_text(encoding="utf-8"))
-            return time.time() - status["time"] < _FRESH_SECONDS
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def _stacks(self) -> None:
+        write_stacks({rank.number: rank.process.pid for rank in self._ranks}, self._logs)
+        self._tell("stacks")
+
+    def _nobody_writes(self) -> bool:
+        """Whether no supervisor lives; one that does writes ``cluster.json``, and has given up this node alone."""
+        seen: set[str] = set()
+        deadline = time.monotonic() + _FRESH_SECONDS
+        while time.monotonic() < deadline and len(seen) < 2:
+            with suppress(OSError, ValueError):
+                text = (self._logs.parent / "cluster.json").read_text(encoding="utf-8")
+                json.loads(text)  # half a file is no sign
+                seen.add(text)
+            time.sleep(0.5)
+        return len(seen) == 1
 
     def _kill(self) -> None:
         for rank in self._ranks:
@@ -286,24 +239,32 @@ class Node:
         """
         now, left = time.monotonic(), {number for number, code in self._codes.items() if code in _WELL}
         return [
-            [beat.rank, beat.pid, beat.step, beat.phase, round(now - beat.seconds, 2), _state(beat.pid)]
+            [beat.rank, beat.pid, beat.step, beat.phase, round(now - beat.seconds, 2), state(beat.pid)]
             for beat in read_beats(self._beats)
             if beat.rank not in left
         ]
 
     def _signalled(self, number: int, _frame: object) -> None:
-        """The scheduler signals the processes of a step, perhaps only these."""
-        self._tell("signalled", number=number)
+        """The scheduler signals the processes of a step, perhaps only these; what a second time means is not for us."""
+        now = time.monotonic()
+        again = bool(self._signalled_at) and now - self._signalled_at > _ONE_REQUEST_SECONDS
+        self._signalled_at = self._signalled_at or now
+        self._tell("signalled", number=number, again=again)
         self._send(number)
 
     def _send(self, number: int) -> None:
+        """Ask the ranks to stop, once in an attempt."""
+        if self._passed_on:
+            return
+        self._passed_on = True
         for rank in self._ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(number)
 
     def _tell(self, report: str, **content: Any) -> None:
         with suppress(OSError):  # nobody listens any more: stdin tells
-            line = json.dumps({"report": report, "node": self.name, "attempt": self._attempt, **content})
+            content = {"report": report, "node": self.name, "attempt": self._attempt, **content}
+            line = json.dumps(content, ensure_ascii=False)
             os.write(1, f"{line}\n".encode())
 
 
@@ -314,46 +275,6 @@ def _give_back_the_job() -> None:
         job = SlurmJob()
         if job.may_requeue and not job.is_ending():
             job.requeue()
-
-
-def _prepare() -> None:
-    """In the new process: it dies with its launcher; py-spy may look at it where Yama asks for leave (on Ubuntu)."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1))
-
-
-def _state(pid: int) -> str:
-    """One letter: R running, S sleeping, D waiting for a disk, T stopped, Z ended; X where there is no process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
-
-
-def _most_telling(lines: Iterable[str]) -> str:
-    """The last line that speaks of an error, else the last one."""
-    lines = list(lines)
-    return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")[:_WORDS]
-
-
-def _write_stacks(pids: Mapping[int, int], logs: Path) -> None:
-    """Where ranks are, each in a file, if py-spy is installed and may look."""
-    tool = shutil.which("py-spy")
-    if not tool:
-        return
-    command = [tool, "dump", "--nonblocking", "--pid"]
-    with suppress(OSError):
-        looking = {
-            rank: subprocess.Popen([*command, str(pid)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603
-            for rank, pid in pids.items()
-        }
-        for rank, process in looking.items():
-            try:
-                text, _ = process.communicate(timeout=_STACKS_SECONDS)
-                (logs / f"stack_{rank:05d}.txt").write_bytes(text)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 if __name__ == "__main__":

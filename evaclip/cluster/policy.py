@@ -20,6 +20,8 @@ Action = Literal["done", "restart", "requeue", "stop"]
 
 _FIRST_WAIT_SECONDS = 5.0
 _LONGEST_WAIT_SECONDS = 300.0
+_START_WAIT_SECONDS = 30.0
+"""Before a third try of a start: storage or a node may have to come back."""
 
 
 class Sign(NamedTuple):
@@ -87,7 +89,8 @@ def decide(attempts: Sequence[Attempt], config: ClusterConfig, *, may_requeue: b
         return Decision("stop", reason)
     if last.cause == "too few nodes":
         return Decision(back, last.detail)
-    wait = min(_FIRST_WAIT_SECONDS * 2 ** (len(stuck) - 2), _LONGEST_WAIT_SECONDS) if len(stuck) > 1 else 0.0
+    first = _FIRST_WAIT_SECONDS if last.step is not None else _START_WAIT_SECONDS
+    wait = min(first * 2 ** (len(stuck) - 2), _LONGEST_WAIT_SECONDS) if len(stuck) > 1 else 0.0
     return Decision("restart", last.detail, wait)
 
 

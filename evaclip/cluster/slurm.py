@@ -23,10 +23,10 @@ _TRIES = 6
 _REQUEUE_SECONDS = 900.0
 _UNREACHABLE = re.compile(r"contact|connect|timed out|socket", re.IGNORECASE)
 _OPTIONS = re.compile(
-    r"SRUN_\w+|SLURM_(GPUS|GPUS_PER_\w+|GPU_\w+|TRES_\w+|CPUS_PER_TASK|CPU_BIND\w*|MEM_PER_\w+|NTASKS\w*|NPROCS"
-    r"|DISTRIBUTION|EXCLUSIVE|EXPORT_ENV)"
+    r"SRUN_\w+|SLURM_(?!JOB_|JOBID|ARRAY_|CLUSTER|CONF$|RESTART_|SUBMIT_|GPUS_ON_NODE|JWT|WORKING_|NNODES|NODELIST)\w+"
 )
-"""Variables that srun would take for options of ours: those that the job was submitted with."""
+"""Variables that srun would take for options of ours, from how the job was submitted or from a user's shell; all of
+SLURM's, but what says which job this is."""
 _ENDING = ("CANCELLED", "COMPLETING", "TIMEOUT", "PREEMPTED", "COMPLETED", "FAILED")
 
 
@@ -36,6 +36,8 @@ class SlurmJob:
     Raises:
         ConfigError: There is none, or its number of ranks is none.
     """
+
+    in_a_queue = True
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         if "SLURM_JOB_ID" not in environment:
@@ -55,6 +57,8 @@ class SlurmJob:
         if not ranks.isdecimal() or int(ranks) < 1:
             raise ConfigError(f"{ranks} is no number of ranks per node; set EVACLIP_RANKS_PER_NODE to one above 0")
         self.ranks_per_node = int(ranks)
+        on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+        self._gpus = [f"--gres=gpu:{on_node}"] if on_node.isdecimal() and int(on_node) else []
         self._srun_arguments = shlex.split(environment.get("EVACLIP_SRUN_ARGUMENTS", ""))
         self.was_requeued = environment.get("SLURM_RESTART_COUNT", "0") != "0"
         self._may_requeue = True
@@ -74,12 +78,19 @@ class SlurmJob:
         found = re.search(r" EndTime=([\d-]+T[\d:]+)", self._describe())
         return datetime.fromisoformat(found[1]).timestamp() - time.time() if found else math.inf
 
-    def nodes(self) -> list[str]:
-        """Those that SLURM says the job has and can use now, in its order; without those that it lost."""
-        listed = re.search(r" NodeList=(\S+)", self._describe())
+    def nodes(self) -> list[str] | None:
+        """Those that SLURM says the job has and can use now, in its order; without those that it lost.
+
+        None where SLURM does not answer.
+        """
+        if not (described := self._describe()):
+            return None
+        listed = re.search(r" NodeList=(\S+)", described)
         if not listed or listed[1] == "(null)":
             return []
         states = _ask("sinfo", "--all", "--noheader", "--Node", "--nodes", listed[1], "--format", "%N %T")
+        if not states:
+            return None
         usable = {name for name, state in (line.split() for line in states.splitlines()) if not _UNUSABLE.search(state)}
         return [name for name in _ask("scontrol", "show", "hostnames", listed[1]).split() if name in usable]
 
@@ -99,7 +110,9 @@ class SlurmJob:
             "--overlap",  # with what is still ending of the step before
             "--no-kill",  # a node that is lost does not end the step on the others: we do
             "--wait=0",  # nor does one whose ranks have ended
+            "--kill-on-bad-exit=0",  # a cluster may have that by default
             "--mem=0",  # all that the job has
+            *self._gpus,  # of each node, in whatever form the job asked for them
             "--cpu-bind=none",  # data workers need the other cores
             "--export=ALL",  # whatever sbatch was told about its environment
             *self._srun_arguments,
@@ -109,7 +122,7 @@ class SlurmJob:
     def answers(self, node: str) -> bool:
         """Whether a node starts a process, outside of any container."""
         try:
-            srun = ["srun", f"--jobid={self.job}", "--overlap", "-N1", "-n1", f"-w{node}", "true"]
+            srun = ["srun", f"--jobid={self.job}", "--overlap", "-N1", "-n1", "--gres=none", f"-w{node}", "true"]
             command = [*_without(_OPTIONS), *srun]
             subprocess.run(command, check=True, capture_output=True, timeout=10, stdin=subprocess.DEVNULL)  # noqa: S603
         except (OSError, subprocess.SubprocessError):
@@ -154,7 +167,7 @@ def _ask(*command: str) -> str:
         if number:
             time.sleep(number)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)  # noqa: S603
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)  # noqa: S603
         except subprocess.TimeoutExpired:
             why = "no answer"
             continue

@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import evaclip
 from evaclip import config_file
 from evaclip.checkpoint_names import complete, step_name, step_of
+from evaclip.cluster.behind import Behind
 from evaclip.cluster.machines import Machines
 from evaclip.cluster.policy import Attempt, Decision, Sign, choose_nodes, decide, unfit_nodes
 from evaclip.cluster.snapshot import Snapshot, take
@@ -32,6 +33,8 @@ from evaclip.cluster.watch import Ending, Launchers, StopSignals, Watch
 from evaclip.config import RunConfig
 from evaclip.data.order import choose_slots
 from evaclip.errors import ConfigError
+from evaclip.history import whole_rows
+from evaclip.lock import require_free
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +46,14 @@ _NODES_BACK_SECONDS = 30.0  # for nodes to answer again before too few are too f
 class Supervisor:
     """A job from its start to its end or requeue."""
 
-    def __init__(self, config: RunConfig, machines: Machines, snapshot: Snapshot, request: StopSignals) -> None:
+    def __init__(
+        self, config: RunConfig, machines: Machines, snapshot: Snapshot, request: StopSignals, *, only_check: bool
+    ) -> None:
         self.config, self.machines, self.snapshot, self.request = config, machines, snapshot, request
+        self._only_check = only_check
+        self._files = Behind()
+        self._told = 0
+        """Bytes of ``cluster.json``."""
         self.run_dir = Path(config.run_dir)
         self.attempts: list[Attempt] = []
         self._number = 0
@@ -52,10 +61,10 @@ class Supervisor:
         self._suspects: set[str] = set()
         """Nodes that gave no sign of life, until they start a process again."""
 
-    def run(self, *stages: Literal["preflight", "train"]) -> Decision:
-        """Attempt after attempt, until one of them is the last; a stage begins when the one before is done."""
+    def run(self) -> Decision:
+        """Attempt after attempt, until one of them is the last; the training begins when the check is done."""
         decision = Decision("done", "nothing to do")
-        for what in stages:
+        for what in ("preflight",) if self._only_check else ("preflight", "train"):
             self.attempts = (
                 earlier_attempts(self.run_dir, self.machines.job, what) if self.machines.was_requeued else []
             )
@@ -70,6 +79,7 @@ class Supervisor:
                 break
         self._close()
         self._tell([], "ended")
+        self._files.close()
         return decision
 
     def _attempt(self, arguments: list[str]) -> Decision:
@@ -94,6 +104,8 @@ class Supervisor:
         ending = watch.run(
             {
                 "attempt": self._number,
+                "name": f"{self.machines.job}-{self._number}-{began:.3f}",
+                "may_give_back": self.machines.in_a_queue and not self._only_check,
                 "patience_seconds": _PATIENCE * self.config.cluster.node_timeout_seconds,
                 "nodes": nodes,
                 "ranks_per_node": self.machines.ranks_per_node,
@@ -108,6 +120,8 @@ class Supervisor:
 
     def _judge(self, what: str, ending: Ending, nodes: tuple[str, ...], began: float) -> Decision:
         """Decide what follows an attempt, and keep both for people, scripts and the next start of this job."""
+        if what == "preflight":  # the node that found what is wrong is not the one that has it
+            ending = ending._replace(blamed=None)
         if ending.lost:
             self._suspects |= ending.lost
             self._close()
@@ -144,7 +158,7 @@ class Supervisor:
     def _may_requeue(self) -> bool:
         """Whether the job goes back into the queue by itself: not where its user ends it, or SLURM does that anyway."""
         asked = self.request.numbers
-        if len(asked) > 1 or signal.SIGINT in asked:
+        if self._only_check or len(asked) > 1 or signal.SIGINT in asked:
             return False
         return self.machines.may_requeue and not (asked and self.machines.is_ending())
 
@@ -156,6 +170,9 @@ class Supervisor:
         deadline = time.monotonic() + _NODES_BACK_SECONDS
         while not self.request.numbers:
             there = machines.nodes()
+            if there is None:  # as long as SLURM is silent, what runs is what there is
+                running = self._launchers is not None and self._launchers.process.poll() is None
+                there = list(self._launchers.nodes) if self._launchers and running else []
             self._suspects -= self._answering(self._suspects & {*there})
             available = [node for node in there if node not in self._suspects]
             choose = partial(
@@ -192,7 +209,7 @@ class Supervisor:
 
     def _too_few(self, what: str) -> Decision:
         if self.request.numbers:
-            return Decision("requeue" if self._may_requeue() else "stop", "asked to stop between two attempts")
+            return self._judge(what, Ending("asked to stop", "asked between two attempts", None), (), time.time())
         fewest = self.config.cluster.min_nodes or self.machines.num_nodes
         reason = f"fewer than {fewest} of {self.machines.num_nodes} nodes answer (cluster.min_nodes)"
         return self._judge(what, Ending("too few nodes", reason, None), (), time.time())
@@ -210,29 +227,40 @@ class Supervisor:
             self._launchers = None
 
     def _tell(self, signs: Sequence[Sign], state: str) -> None:
-        """Write ``cluster.json`` in place: a new file each second would keep a network's file system busy."""
+        """Have ``cluster.json`` written in place: a new file each second would keep a network's file system busy.
+
+        It never becomes shorter, so whoever reads meanwhile finds the old or the new content, not an empty file.
+        """
         nodes: dict[str, list[dict[str, Any]]] = {}
         for sign in signs:
             row = {"rank": sign.rank, "pid": sign.pid, "step": sign.step, "phase": sign.phase}
             nodes.setdefault(sign.node, []).append({**row, "age_seconds": round(sign.age_seconds, 2)})
         status = {"time": time.time(), "job": self.machines.job, "attempt": self._number, "state": state}
-        try:
-            (self.run_dir / "cluster.json").write_text(json.dumps({**status, "nodes": nodes}) + "\n", encoding="utf-8")
-        except OSError as error:
-            _log.warning("cluster.json cannot be written: %s", error)
+        text = json.dumps({**status, "nodes": nodes})
+        self._told = max(self._told, len(text) + 1)
+        self._files.do(partial(_overwrite, self.run_dir / "cluster.json", f"{text:<{self._told - 1}}\n".encode()))
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
 
 
 def earlier_attempts(run_dir: Path, job: str, what: str) -> list[Attempt]:
     """What became of this job before it was requeued, from ``restarts.jsonl``."""
     try:
-        rows = [json.loads(line) for line in (run_dir / "restarts.jsonl").read_text(encoding="utf-8").splitlines()]
-        return [
-            Attempt(tuple(row["nodes"]), row["cause"], row["detail"], row["step"], row["saved"], row["blamed"])
-            for row in rows
-            if (row["job"], row["what"]) == (job, what)
-        ]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or half a row: it only counts failures
+        rows = whole_rows(run_dir / "restarts.jsonl")
+    except OSError:  # it only counts failures
         return []
+    return [
+        Attempt(tuple(row["nodes"]), row["cause"], row["detail"], row["step"], row["saved"], row["blamed"])
+        for row in rows
+        if (row.get("job"), row.get("what")) == (job, what)
+    ]
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:
@@ -262,12 +290,14 @@ def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check:
 
     Raises:
         ConfigError: The run directory cannot be written, or the ranks cannot share the work.
+        RunLockedError: Another job trains there.
     """
     logging.basicConfig(format="%(asctime)s launcher: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     request = StopSignals()
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request.receive)
     run_dir = Path(config.run_dir).absolute()
+    require_free(run_dir)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         renew = renew or not machines.was_requeued
@@ -283,8 +313,8 @@ def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check:
     paths = [str(snapshot.code), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Torch's threads get into the way of the workers; one per rank, unless told otherwise.
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
-    supervisor = Supervisor(config_file.load(snapshot.config), machines, snapshot, request)
-    decision = supervisor.run("preflight", *(() if only_check else ("train",)))
+    supervisor = Supervisor(config_file.load(snapshot.config), machines, snapshot, request, only_check=only_check)
+    decision = supervisor.run()
     if decision.action == "requeue":
         _log.info("requeued: %s", decision.reason)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -303,7 +333,7 @@ def plan(config: RunConfig, machines: Machines | None) -> str:
     run_dir = Path(config.run_dir)
     lines = [f"run_dir {run_dir.absolute()}, newest checkpoint: {newest_checkpoint(run_dir)}"]
     if machines:
-        nodes = machines.nodes()
+        nodes = machines.nodes() or []
         command = shlex.join(machines.start_command(nodes, _python("node")))
         lines += [
             f"job {machines.job}: {len(nodes)} nodes ({_short(nodes)}), {machines.ranks_per_node} ranks on each",

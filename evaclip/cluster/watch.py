@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -31,6 +32,7 @@ _SPEAKING_SECONDS = 3.0  # without a report of a node, of which there are two a 
 _LEAVE_SECONDS = 3.0  # for the launchers themselves
 _LAST_SECONDS = 45.0  # before the job's time is over: to put it back into the queue
 _STALLED_SECONDS = 5.0
+_MOST_STRANGE = 3  # lines that are no reports, which are told
 _WELL = (0, os.EX_TEMPFAIL)  # exit codes
 
 
@@ -39,6 +41,7 @@ class Launchers:
 
     def __init__(self, nodes: Sequence[str], command: Sequence[str]) -> None:
         self.nodes = tuple(nodes)
+        self._strange = 0
         self.heard_of: set[str] = set()
         """Nodes that have answered at all: until then they may be fetching a container."""
         self.process = subprocess.Popen(  # noqa: S603  our own command
@@ -65,7 +68,18 @@ class Launchers:
         if not content:
             time.sleep(seconds)  # the end of it
         *lines, self._torn = (self._torn + content).split(b"\n")
-        return [report for line in lines if (report := _parsed(line))]
+        return [report for line in lines if (report := self._parsed(line))]
+
+    def _parsed(self, line: bytes) -> dict[str, Any] | None:
+        """A report; None for anything else that is printed, which is told a few times."""
+        with suppress(ValueError):
+            report = json.loads(line)
+            if isinstance(report, dict) and "report" in report:
+                return cast("dict[str, Any]", report)
+        if line.strip() and self._strange < _MOST_STRANGE:
+            self._strange += 1
+            _log.warning("a node's launcher prints what is no report: %s", line[:200].decode(errors="replace"))
+        return None
 
     def close(self) -> None:
         """End the launchers, and what they started."""
@@ -166,8 +180,8 @@ class Watch:
         node = report["node"]
         self._heard[node] = time.monotonic()
         self.launchers.heard_of.add(node)
-        if report["report"] == "signalled" and not self.request.numbers:  # one request, however many nodes it reaches
-            self.request.receive(report["number"])
+        if report["report"] == "signalled" and (report["again"] or not self.request.numbers):
+            self.request.receive(report["number"])  # one request, however many nodes it reaches
         if report["attempt"] != self._attempt:  # it has not read its orders yet
             return
         for row in report.get("ranks", ()):
@@ -293,16 +307,12 @@ class Watch:
             said = [words[str(rank)] for report in self._left.values() if str(rank) in (words := report["words"])]
             detail = f"{who} ended with code {code}: {''.join(said)}"
         cause: Cause = "refused" if code == os.EX_CONFIG else "a rank died"
-        return Ending(cause, detail, self._step(), blamed=sign.node if sign else None)
+        return Ending(cause, detail, self._step(), blamed=sign.node if sign and not self._agree() else None)
 
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A report; None for anything else that is printed."""
-    try:
-        report = json.loads(line)
-    except ValueError:
-        return None
-    return cast("dict[str, Any]", report) if isinstance(report, dict) and "report" in report else None
+    def _agree(self) -> bool:
+        """Whether several nodes say the same of their failure, so that it is none's alone."""
+        said = [" ".join(report["words"].values()) for report in self._left.values() if report["words"]]
+        return len(said) > 1 and len({re.sub(r"^\[rank \d+\] ", "", words) for words in said}) == 1
 
 
 def _left_well(report: dict[str, Any]) -> bool:

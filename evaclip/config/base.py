@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 URL_SCHEMES = ("http", "https", "s3", "gs")
 """Of remote shards."""
 
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -25,6 +27,11 @@ def _expand(value: object) -> object:
         return value
 
     def replace(match: re.Match[str]) -> str:
+        if _SECRET.search(match[1]):
+            raise ValueError(
+                f"{match[1]} sounds like a secret, and would be written into config.yaml, checkpoints and W&B; storage "
+                f"takes credentials from its own files and variables"
+            )
         if match[1] not in os.environ:
             raise ValueError(f"environment variable {match[1]} is not set")
         return os.environ[match[1]]
@@ -36,6 +43,11 @@ def _readable(value: str) -> str:
     scheme, separator, _ = value.partition("://")
     if value.startswith("pipe:") or (separator and scheme not in URL_SCHEMES):
         raise ValueError(f"only paths and {', '.join(URL_SCHEMES)} URLs are read; copy or mount the shards first")
+    if separator and re.match(r"[^/]*@", value.partition("://")[2]):
+        raise ValueError(
+            "a name or password in a URL would be written into config.yaml, checkpoints and W&B; give the "
+            "storage its credentials in its own files and variables"
+        )
     if re.search(r"[*?]", value):
         raise ValueError("wildcards are not expanded; name the shards with braces, as in {00000..00041}.tar")
     return value

@@ -244,6 +244,11 @@ class ClusterConfig(Section):
     max_same_step: Annotated[int, Field(ge=2)] = 3
     """The job ends when it has failed so many times in a row at the same step."""
 
+    @property
+    def longest_wait_seconds(self) -> float:
+        """After which a collective gives up by itself: later than the launcher, which knows who is to blame."""
+        return 1.2 * max(self.start_timeout_seconds, self.step_timeout_seconds)
+
 
 class ProfileConfig(Section):
     """A look at where time and memory go."""

@@ -153,16 +153,16 @@ def test_tasks_of_an_array_train_side_by_side(cluster: VirtualCluster, tmp_path:
 
 def test_in_an_allocation_it_runs_at_once(cluster: VirtualCluster, tmp_path: Path) -> None:
     config = config_file(tmp_path, train__steps=5)
-    command = ["salloc", "--nodes=2", "--ntasks-per-node=1", str(SCRIPT)]
+    command = ["salloc", "--nodes=2", "--ntasks-per-node=2", str(SCRIPT)]
     dry = subprocess.run(
         [*command, "--dry-run", str(config)], env=cluster.environment, capture_output=True, text=True, check=True
     )
-    assert "2 nodes (n1, n2), 1 ranks on each" in dry.stdout
+    assert "2 nodes (n1, n2), 2 ranks on each" in dry.stdout
     assert "srun --jobid=" in dry.stdout
     assert not (tmp_path / "run").exists()
     done = subprocess.run([*command, str(config)], env=cluster.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert restarts(tmp_path / "run")[0]["ranks"] == 2
+    assert restarts(tmp_path / "run")[0]["ranks"] == 4
 
 
 FOREIGN = """
@@ -180,9 +180,10 @@ def test_preflight_names_the_node_that_is_not_as_the_others(cluster: VirtualClus
                  train__global_batch=18, cluster__max_same_step=2)  # fmt: skip
     wait_until(cluster, job, "FAILED", tmp_path)
     output = (tmp_path / "out.txt").read_text()
-    assert "n2: numpy 0.1, elsewhere " in output
-    assert "all-reduce over 3 ranks: " in output
+    assert output.count("n2: numpy 0.1, elsewhere ") >= 2
+    assert "all-reduce" not in output, "which might not end where nodes differ"
     assert not restarts(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/restarts.jsonl").read_text().splitlines()]
     assert [(row["what"], row["action"]) for row in rows] == [("preflight", "restart"), ("preflight", "stop")]
-    assert "n2: numpy 0.1, elsewhere " in output
+    assert all("preflight found 1 problems: n2: numpy 0.1, elsewhere " in row["detail"] for row in rows)
+    assert [row["blamed"] for row in rows] == [None, None], "not the node that found it"
