@@ -15,7 +15,7 @@ from typing import Any
 from evaclip.config import RunConfig, ShardSource
 from evaclip.config_file import flatten
 from evaclip.errors import ConfigError
-from evaclip.optim.schedule import learning_rate_factor, learning_rates
+from evaclip.optim.schedule import Schedule, learning_rates
 
 Changes = dict[str, tuple[Any, Any]]
 """Key -> value before and now."""
@@ -80,11 +80,7 @@ def record(run_dir: Path, step: int, changed: Changes, versions: Changes) -> Non
 
 
 def _rates(config: RunConfig, step: int) -> dict[str, float]:
-    schedule = config.schedule
-    factor = learning_rate_factor(
-        step, steps=config.train.steps, warmup_steps=schedule.warmup_steps, final_fraction=schedule.final_fraction
-    )
-    return learning_rates(config.optim, factor)
+    return learning_rates(config.optim, Schedule.of(config).factor(step))
 
 
 def _orders(config: RunConfig) -> dict[str, list[str]]:

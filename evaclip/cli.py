@@ -168,6 +168,13 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     export.add_argument("--wandb", action="store_true", help="log it as an artifact of the run's W&B run")
     export.set_defaults(run=_export)
 
+    between = commands.add_parser("interpolate", help="write the model between two others (WiSE-FT)", parents=[shared])
+    between.add_argument("first", metavar="FIRST", help="run directory, checkpoint, or an export")
+    between.add_argument("second", metavar="SECOND", help="another one of the same shape, such as the first fine-tuned")
+    between.add_argument("out", metavar="OUT", help="folder to be made; evaclip export takes it, too")
+    between.add_argument("--share", type=float, default=0.5, help="of the second, 0 to 1 (default: %(default)s)")
+    between.set_defaults(run=_interpolate)
+
     models = commands.add_parser("models", help="list the named models, their size and their cost", parents=[shared])
     models.add_argument("name", metavar="NAME", nargs="?", help="only this one, or other tools' name of it")
     models.add_argument("--ranks", type=_positive, default=8, help="over which ZeRO shards (default: %(default)s)")
@@ -261,6 +268,14 @@ def _export(options: argparse.Namespace) -> None:
     print(usage(options.out, options.format))
     if options.wandb:
         print(log_export(Path(options.checkpoint), Path(options.out), options.format))
+
+
+def _interpolate(options: argparse.Namespace) -> None:
+    from evaclip.weights.export import usage, write  # noqa: PLC0415  as above
+    from evaclip.weights.interpolate import interpolate  # noqa: PLC0415
+
+    write(interpolate(options.first, options.second, options.share), Path(options.out), "safetensors")
+    print(usage(options.out, "safetensors"))
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ from evaclip.meter import Meter, peak_memory_gib
 from evaclip.metrics import Clock, peak_tflops
 from evaclip.models.flops import training_flops
 from evaclip.node_meter import NodeMeter
-from evaclip.optim.schedule import learning_rate_factor, learning_rates
+from evaclip.optim.schedule import Schedule, learning_rates
 from evaclip.pace import Pace, RankPace, Stragglers, write_ranks
 from evaclip.preemption import StopRequest, listening
 from evaclip.profiler import Profiler, dump_memory, record_memory
@@ -103,7 +103,7 @@ def _out_of_memory(error: BaseException, config: RunConfig, run: Run | None, ran
 
 def _loop(run: Run, report: Report, stop: StopRequest) -> None:
     config, engine, ranks = run.config, run.engine, run.ranks
-    steps, schedule = config.train.steps, config.schedule
+    steps, schedule = config.train.steps, Schedule.of(config)
     if run.step >= steps:
         log.info("%s is complete at step %d; raise train.steps to go on", run.directory, run.step)
     if run.step == 0 and config.eval.at_start and config.eval.datasets:
@@ -116,9 +116,7 @@ def _loop(run: Run, report: Report, stop: StopRequest) -> None:
             delivery = next(batches)
         report.pace.begin()
         micro_batches = [batch.to(ranks.device, non_blocking=True) for batch in delivery.micro_batches]
-        factor = learning_rate_factor(
-            run.step, steps=steps, warmup_steps=schedule.warmup_steps, final_fraction=schedule.final_fraction
-        )
+        factor = schedule.factor(run.step)
 
         beat("forward")
         output = forward_backward(engine, run.loss, micro_batches, ranks)

@@ -5,7 +5,7 @@ from tiny import tiny_config
 
 from evaclip.changes import changed_rates, differences, lines, record, refuse_changes
 from evaclip.errors import ConfigError
-from evaclip.optim.schedule import learning_rate_factor
+from evaclip.optim.schedule import Schedule
 
 
 def test_harmless_changes_are_returned_with_old_and_new_value(tmp_path):
@@ -45,7 +45,7 @@ def test_the_slots_that_a_run_has_may_be_named(tmp_path):
 def test_learning_rates_of_the_next_step_follow_the_schedule_of_each_configuration(tmp_path):
     before = tiny_config(tmp_path, optim__lr=1e-3, train__steps=10)
     now = tiny_config(tmp_path, optim__lr=1e-3, optim__text__lr=2e-3, train__steps=20)
-    old, new = (1e-3 * learning_rate_factor(5, steps=steps, warmup_steps=0, final_fraction=0.0) for steps in (10, 20))
+    old, new = (1e-3 * Schedule(steps, 0, 0, "cosine", 0.0).factor(5) for steps in (10, 20))
     rates = changed_rates(before, now, 5)
     assert rates["lr/image"] == pytest.approx((old, new))
     assert rates["lr/text"] == pytest.approx((old, 2 * new))

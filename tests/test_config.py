@@ -191,6 +191,15 @@ def test_unknown_model_names_are_refused_with_the_list():
         ({"data__slots": 5}, r"data\.slots 5 does not divide train\.global_batch 16"),
         ({"schedule__warmup_steps": 4}, r"warmup_steps 4 leaves nothing of train\.steps 4"),
         (
+            {"schedule__shape": "constant", "schedule__warmup_samples": 17, "schedule__cooldown_steps": 2},
+            r"warmup_steps 2 and cooldown_steps 2 leave nothing of train\.steps 4",
+        ),
+        ({"schedule__warmup_steps": 1, "schedule__warmup_samples": 16}, "say the same; give one of them"),
+        ({"schedule__cooldown_steps": 1}, "a cosine falls to final_fraction by itself"),
+        ({"schedule__shape": "constant", "schedule__final_fraction": 0.1}, "never reached by shape constant"),
+        ({"schedule__shape": "inverse_sqrt"}, "falls from the end of its warm-up on; give warmup_steps"),
+        ({"train__samples": 1000}, r"train\.samples 1000 are 63 steps, but train\.steps is 4; set it to null"),
+        (
             {"engine__name": "deepspeed", "engine__zero_stage": 3, "train__compile": True},
             "compile breaks ZeRO-3's fetching",
         ),

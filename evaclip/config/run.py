@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import (
     Field,
@@ -92,12 +92,49 @@ Optim = Annotated[LambConfig | AdamWConfig, Field(discriminator="name"), tagged(
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then half a cosine."""
+    """Linear warm-up, a shape, and at the end, if asked, a linear cooldown. Lengths are in steps or in samples."""
 
+    shape: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """After the warm-up: half a cosine down to final_fraction; constant: the peak; inverse_sqrt: the peak times the
+    root of warm-up / step. The latter two know no end, so that runs can go on and cool down from any of their steps."""
     warmup_steps: NonNegativeInt = 0
     """Steps until the peak learning rate."""
+    warmup_samples: PositiveInt | None = None
+    """The same in samples, instead of warmup_steps."""
+    cooldown_steps: NonNegativeInt = 0
+    """Last steps of the run, in which a constant or inverse_sqrt rate falls to final_fraction in a straight line."""
+    cooldown_samples: PositiveInt | None = None
+    """The same in samples, instead of cooldown_steps."""
     final_fraction: Probability = 0.0
-    """Share of the peak learning rate that is left at the last step."""
+    """Share of the peak learning rate that is left at the last step of a cosine or a cooldown."""
+
+    @model_validator(mode="after")
+    def _is_clear(self) -> ScheduleConfig:
+        for name in ("warmup", "cooldown"):
+            steps, samples = getattr(self, f"{name}_steps"), getattr(self, f"{name}_samples")
+            if steps and samples:
+                raise ValueError(f"{name}_steps {steps} and {name}_samples {samples} say the same; give one of them")
+        cools = bool(self.cooldown_steps or self.cooldown_samples)
+        if self.shape == "cosine" and cools:
+            raise ValueError("a cosine falls to final_fraction by itself; set shape to constant or inverse_sqrt")
+        if self.shape != "cosine" and self.final_fraction and not cools:
+            raise ValueError(f"final_fraction is never reached by shape {self.shape}; give cooldown_steps")
+        if self.shape == "inverse_sqrt" and not (self.warmup_steps or self.warmup_samples):
+            raise ValueError("shape inverse_sqrt falls from the end of its warm-up on; give warmup_steps")
+        return self
+
+    def warmup(self, global_batch: int) -> int:
+        """Steps of the warm-up."""
+        return _steps(self.warmup_steps, self.warmup_samples, global_batch)
+
+    def cooldown(self, global_batch: int) -> int:
+        """Steps of the cooldown."""
+        return _steps(self.cooldown_steps, self.cooldown_samples, global_batch)
+
+
+def _steps(steps: int, samples: int | None, global_batch: int) -> int:
+    """A length in steps, of which the last may take some samples more than were asked for."""
+    return steps if samples is None else -(-samples // global_batch)
 
 
 # ---------------------------------------------------------------------------------------------- engine, training, logs
@@ -129,6 +166,8 @@ class TrainConfig(Section):
 
     steps: PositiveInt
     """Optimizer updates in the whole run."""
+    samples: PositiveInt | None = None
+    """Samples in the whole run, instead of steps; the last update takes what it needs beyond them."""
     global_batch: Annotated[int, Field(ge=2)]
     """Samples of one update, over all ranks; the same on any number of ranks."""
     micro_batch: PositiveInt | Literal["auto"] | None = None
@@ -144,6 +183,21 @@ class TrainConfig(Section):
     max_consecutive_skipped_steps: PositiveInt = 100
     """The run stops after this many updates in a row were skipped for a non-finite loss or gradient. With fp16 give 20
     or more: some are skipped until its loss scale is found."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_are_steps(cls, tree: object) -> object:
+        """``steps`` where only ``samples`` is given; both, as our own files hold them, have to agree."""
+        if not isinstance(tree, dict):
+            return tree
+        given = cast("dict[str, object]", tree)
+        steps, samples, batch = (given.get(name) for name in ("steps", "samples", "global_batch"))
+        if not (isinstance(samples, int) and samples > 0 and isinstance(batch, int) and batch > 0):
+            return given  # each for itself is told what it should be
+        found = _steps(0, samples, batch)
+        if steps not in (None, found):
+            raise ValueError(f"train.samples {samples} are {found} steps, but train.steps is {steps}; set it to null")
+        return {**given, "steps": found}
 
 
 WeightFormat = Literal["eva", "open_clip", "openai", "timm", "hf", "evaclip"]
@@ -299,10 +353,10 @@ def _disagreements(run: RunConfig) -> list[str]:
     batch, slots = run.train.global_batch, run.data.slots
     if slots is not None and batch % slots:
         found.append(f"data.slots {slots} does not divide train.global_batch {batch}")
-    if run.schedule.warmup_steps >= run.train.steps:
-        found.append(
-            f"schedule.warmup_steps {run.schedule.warmup_steps} leaves nothing of train.steps {run.train.steps}"
-        )
+    warmup, cooldown = run.schedule.warmup(batch), run.schedule.cooldown(batch)
+    if warmup + cooldown >= run.train.steps:
+        what = f"schedule.warmup_steps {warmup}" + (f" and cooldown_steps {cooldown}" if cooldown else "")
+        found.append(f"{what} {'leave' if cooldown else 'leaves'} nothing of train.steps {run.train.steps}")
     if isinstance(run.optim, LambConfig) and run.optim.trust_ratio == "decayed" and not _decays(run.optim):
         found.append(
             "optim.name lamb with optim.trust_ratio decayed and no weight decay would be plain Adam; "

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from evaclip.config import OptimConfig
+    from evaclip.config import OptimConfig, RunConfig
+
+Shape = Literal["cosine", "constant", "inverse_sqrt"]
 
 
-def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Share of the peak learning rate at ``step`` (from 0): linear warm-up, then half a cosine down to the floor.
+class Schedule(NamedTuple):
+    """Linear warm-up, a shape, and at the end, if asked, a linear cooldown."""
 
-    The first step of a warm-up takes 1 / warmup_steps; the last step of the run takes ``final_fraction``.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    steps: int
+    warmup_steps: int
+    cooldown_steps: int
+    shape: Shape
+    final_fraction: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Schedule:
+        """That of a run."""
+        schedule, batch = config.schedule, config.train.global_batch
+        lengths = schedule.warmup(batch), schedule.cooldown(batch)
+        return cls(config.train.steps, *lengths, schedule.shape, schedule.final_fraction)
+
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rate at ``step`` (from 0).
+
+        The first step of a warm-up takes 1 / warmup_steps. The last step of the run takes ``final_fraction`` where the
+        rate falls to it: after a cosine, and after a cooldown, which starts where the shape has come to.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        begin = self.steps - self.cooldown_steps
+        if step < begin:
+            return self._shaped(step)
+        start = self._shaped(begin - 1)
+        done = (step + 1 - begin) / self.cooldown_steps
+        return start + (self.final_fraction - start) * done
+
+    def _shaped(self, step: int) -> float:
+        if self.shape == "constant":
+            return 1.0
+        if self.shape == "inverse_sqrt":  # arXiv:1706.03762, section 5.3
+            return math.sqrt(self.warmup_steps / max(step + 1, self.warmup_steps))
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def learning_rates(optim: OptimConfig, factor: float) -> dict[str, float]:

@@ -59,10 +59,16 @@ class _Content(NamedTuple):
 
 
 def export(source: str | Path, out: Path, kind: ExportFormat) -> list[Path]:
-    """Write the model of a run, a checkpoint or another export for another tool.
+    """Write the model of a run, a checkpoint or another export for another tool: ``open_model`` and ``write``."""
+    _require_free(out)
+    return write(open_model(source), out, kind)
+
+
+def write(stored: Stored, out: Path, kind: ExportFormat) -> list[Path]:
+    """Write a model for another tool.
 
     Args:
-        source: Where the model is.
+        stored: The model.
         out: Folder to be made; one that holds something is refused.
         kind: Whose names and configuration.
 
@@ -71,11 +77,9 @@ def export(source: str | Path, out: Path, kind: ExportFormat) -> list[Path]:
 
     Raises:
         WeightsError: The tool cannot express the model; says which of its options.
-        EvaclipError: The model cannot be read, or ``out`` not be written.
+        EvaclipError: ``out`` cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"{out} is there already; name a new folder, or remove it first")
-    stored = open_model(source)
+    _require_free(out)
     content = _content(stored, kind)
     hidden = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -93,6 +97,11 @@ def export(source: str | Path, out: Path, kind: ExportFormat) -> list[Path]:
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return sorted(out.iterdir())
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WeightsError(f"{out} is there already; name a new folder, or remove it first")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
