@@ -19,7 +19,7 @@ Colour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Level = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]
 
 
-def _expand(value: object) -> object:
+def expand(value: object) -> object:
     """Expand ``~`` and ``${NAME}``; a name that is not set is an error."""
     if not isinstance(value, str):
         return value
@@ -46,8 +46,8 @@ def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-FilePath = Annotated[str, BeforeValidator(_expand)]
-ShardPattern = Annotated[str, BeforeValidator(_expand), AfterValidator(_readable)]
+FilePath = Annotated[str, BeforeValidator(expand)]
+ShardPattern = Annotated[str, BeforeValidator(expand), AfterValidator(_readable)]
 ShardPatterns = Annotated[tuple[ShardPattern, ...], BeforeValidator(_listed)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     Field,
@@ -14,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
+from evaclip.checkpoint_names import complete
+from evaclip.config.base import FilePath, Fraction, Probability, Section, expand, tagged
 from evaclip.config.data import DataConfig, EvalConfig
 from evaclip.config.model import ImageTowerConfig, InfoNceConfig, Loss, ModelConfig
+from evaclip.config.tokenizer_file import TOKENIZER
 from evaclip.metrics import EVAL_METRICS
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
@@ -279,6 +283,24 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _go_on_with_own_tokenizer(cls, given: Any) -> Any:
+        """A run that has a checkpoint goes on with its copy of the tokenizer where the original is gone."""
+        tree: Any = given
+        for key in ("model", "text"):
+            tree = cast("Mapping[str, Any]", tree).get(key) if isinstance(tree, Mapping) else None
+        path, run_dir = (
+            expand(section.get(key)) if isinstance(section, Mapping) else None
+            for section, key in ((tree, "tokenizer"), (given, "run_dir"))
+        )
+        if not isinstance(path, str) or not isinstance(run_dir, str) or Path(path).exists():
+            return given
+        own = Path(run_dir) / TOKENIZER
+        if not (own.exists() and complete(own.parent / "checkpoints")):
+            return given
+        return {**given, "model": {**given["model"], "text": {**tree, "tokenizer": str(own)}}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
