@@ -41,7 +41,8 @@ def chinese_records(count: int, seed: int = 0) -> Iterator[tuple[str, dict[str, 
 _CORPUS = [caption(*pair) for pair in PAIRS] * 3 + ["a red square above a blue one, seen from 3 sides", "Ünïcode 🙂"]
 
 
-def _template(tokenizer: Tokenizer, single: str) -> processors.TemplateProcessing:
+def template(tokenizer: Tokenizer, single: str) -> processors.TemplateProcessing:
+    """A post-processor that puts special tokens around a text."""
     names = [piece for piece in single.split() if piece != "$A"]
     return processors.TemplateProcessing(
         single=single, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names]
@@ -84,7 +85,7 @@ def make(kind: str) -> Tokenizer:
     match kind:
         case "BERT":
             tokenizer = _bert(models.WordLevel, trainers.WordLevelTrainer)
-            tokenizer.post_processor = _template(tokenizer, "[CLS] $A [SEP]")
+            tokenizer.post_processor = template(tokenizer, "[CLS] $A [SEP]")
         case "BERT, WordPiece":
             tokenizer = _bert(models.WordPiece, trainers.WordPieceTrainer)
             tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -96,14 +97,14 @@ def make(kind: str) -> Tokenizer:
             tokenizer.post_processor = processors.ByteLevel()
         case "Llama 3":
             tokenizer = _of_bytes("<|begin_of_text|>", "<|end_of_text|>")
-            template = _template(tokenizer, "<|begin_of_text|> $A")
-            tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
+            starts = template(tokenizer, "<|begin_of_text|> $A")
+            tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), starts])
         case "T5":
             tokenizer = _pieces()
-            tokenizer.post_processor = _template(tokenizer, "$A </s>")
+            tokenizer.post_processor = template(tokenizer, "$A </s>")
         case "XLM-R":
             tokenizer = _pieces()
-            tokenizer.post_processor = _template(tokenizer, "<s> $A </s>")
+            tokenizer.post_processor = template(tokenizer, "<s> $A </s>")
         case "SentencePiece alone":
             tokenizer = _pieces()
         case _:

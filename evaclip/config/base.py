@@ -19,7 +19,7 @@ Colour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Level = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]
 
 
-def expand(value: object) -> object:
+def _expand(value: object) -> object:
     """Expand ``~`` and ``${NAME}``; a name that is not set is an error."""
     if not isinstance(value, str):
         return value
@@ -30,6 +30,15 @@ def expand(value: object) -> object:
         return os.environ[match[1]]
 
     return os.path.expanduser(re.sub(r"\$\{(\w+)\}", replace, value))  # noqa: PTH111  a pattern, not only a path
+
+
+def path_in(section: object, key: str) -> str | None:
+    """A path out of a section that is not validated yet, expanded; None where its field has nothing or a mistake."""
+    try:
+        path = _expand(cast("Mapping[str, object]", section).get(key) if isinstance(section, Mapping) else None)
+    except ValueError:
+        return None
+    return path if isinstance(path, str) else None
 
 
 def _readable(value: str) -> str:
@@ -46,8 +55,8 @@ def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-FilePath = Annotated[str, BeforeValidator(expand)]
-ShardPattern = Annotated[str, BeforeValidator(expand), AfterValidator(_readable)]
+FilePath = Annotated[str, BeforeValidator(_expand)]
+ShardPattern = Annotated[str, BeforeValidator(_expand), AfterValidator(_readable)]
 ShardPatterns = Annotated[tuple[ShardPattern, ...], BeforeValidator(_listed)]
 
 

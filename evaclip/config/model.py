@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from evaclip.config.base import Colour, FilePath, Fraction, Level, Section, expand, tagged
+from evaclip.config.base import Colour, FilePath, Fraction, Level, Section, path_in, tagged
 from evaclip.config.tokenizer_file import read_tokenizer
 from evaclip.errors import ConfigError
 from evaclip.models.registry import ALIASES, PRESETS
@@ -149,10 +149,10 @@ class TextTowerConfig(Section):
     @classmethod
     def _fill_from_tokenizer(cls, given: Any) -> Any:
         """Read the tokenizer's file, unless that was done before: the section of a checkpoint needs none."""
-        section = cast("Mapping[str, Any]", given if isinstance(given, Mapping) else {})
-        path = expand(section.get("tokenizer"))
-        if not isinstance(path, str) or section.get("tokenizer_digest") is not None:
+        path = path_in(given, "tokenizer")
+        if path is None or given.get("tokenizer_digest") is not None:
             return given
+        section = cast("Mapping[str, Any]", given)
         rows = section.get("vocab_size")
         try:
             found = read_tokenizer(path, vocab_size=rows if isinstance(rows, int) else None)

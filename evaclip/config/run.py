@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from evaclip.checkpoint_names import complete
-from evaclip.config.base import FilePath, Fraction, Probability, Section, expand, tagged
+from evaclip.config.base import FilePath, Fraction, Probability, Section, path_in, tagged
 from evaclip.config.data import DataConfig, EvalConfig
 from evaclip.config.model import ImageTowerConfig, InfoNceConfig, Loss, ModelConfig
 from evaclip.config.tokenizer_file import TOKENIZER
@@ -288,19 +288,16 @@ class RunConfig(Section):
     @classmethod
     def _go_on_with_own_tokenizer(cls, given: Any) -> Any:
         """A run that has a checkpoint goes on with its copy of the tokenizer where the original is gone."""
-        tree: Any = given
+        text: Any = given
         for key in ("model", "text"):
-            tree = cast("Mapping[str, Any]", tree).get(key) if isinstance(tree, Mapping) else None
-        path, run_dir = (
-            expand(section.get(key)) if isinstance(section, Mapping) else None
-            for section, key in ((tree, "tokenizer"), (given, "run_dir"))
-        )
-        if not isinstance(path, str) or not isinstance(run_dir, str) or Path(path).exists():
+            text = cast("Mapping[str, Any]", text).get(key) if isinstance(text, Mapping) else None
+        path, run_dir = path_in(text, "tokenizer"), path_in(given, "run_dir")
+        if path is None or run_dir is None or Path(path).exists():
             return given
         own = Path(run_dir) / TOKENIZER
         if not (own.exists() and complete(own.parent / "checkpoints")):
             return given
-        return {**given, "model": {**given["model"], "text": {**tree, "tokenizer": str(own)}}}
+        return {**given, "model": {**given["model"], "text": {**text, "tokenizer": str(own)}}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

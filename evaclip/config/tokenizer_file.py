@@ -93,8 +93,9 @@ def read_tokenizer(path: str | Path, digest: str | None = None, vocab_size: int 
 
 def _model_ids(model: _Json) -> range | list[int]:
     """Ids of the model's vocabulary: a list of pieces, or a mapping."""
-    vocab = model["vocab"]
-    return range(len(vocab)) if isinstance(vocab, list) else list(cast("Mapping[str, int]", vocab).values())
+    vocab: Any = model["vocab"]
+    pieces = isinstance(vocab, list)
+    return range(len(cast("list[Any]", vocab))) if pieces else list(cast("Mapping[str, int]", vocab).values())
 
 
 def _added(processor: _Json | None) -> tuple[tuple[Mark, ...], tuple[Mark, ...]]:

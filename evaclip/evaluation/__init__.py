@@ -58,7 +58,7 @@ def evaluate(
         DataError: On every rank, if something in a set is missing or wrong; nothing is skipped.
     """
     with agreed(ranks):
-        tokenizer = _tokenizer(model.text)
+        tokenizer = _tokenizer(model.text)  # type: ignore[arg-type]  sections are frozen, so they have a hash
     bench = Bench(encoder, model, tokenizer, ranks, config.batch, workers, max_image_pixels, between)
     for name, dataset in config.datasets.items():
         match dataset:
