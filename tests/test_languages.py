@@ -17,6 +17,7 @@ from weights.stored import stored
 
 import evaclip
 from evaclip import checkpoint, cli, config_file
+from evaclip.checkpoint import CheckpointReader
 from evaclip.config import ModelConfig, RunConfig
 from evaclip.data.shards import write_shards
 from evaclip.errors import ConfigError, WeightsError
@@ -86,9 +87,12 @@ def test_the_vocabulary_and_the_end_token_are_the_files(trained: Path) -> None:
     assert "28 ids, [SEP] ends a text" in (trained / "log.txt").read_text()
 
 
-def test_a_checkpoint_alone_is_a_whole_model(trained: Path, tmp_path: Path, capsys: Any, shards: Path) -> None:
+def test_a_checkpoint_alone_is_a_whole_model(trained: Path, tmp_path: Path, shards: Path) -> None:
     expected = text_features(trained)
-    moved = shutil.copytree(checkpoint.find_checkpoint(trained), tmp_path / "step_00000200")
+    shutil.copytree(trained, tmp_path / "run")
+    moved = shutil.move(checkpoint.find_checkpoint(tmp_path / "run"), tmp_path / "step_00000200")
+    shutil.rmtree(tmp_path / "run")
+    assert CheckpointReader(moved).config.model.text.tokenizer == str(moved / "tokenizer.json")
     assert torch.equal(text_features(moved), expected)
     arguments = ["--dataset", str(shards / "held/00000.tar"), "--task", "retrieval", "--output", str(tmp_path / "out")]
     cli.main(["evaluate", str(moved), *arguments])
@@ -177,8 +181,7 @@ def test_a_run_goes_on_bit_for_bit_without_the_original(shards: Path, tmp_path: 
     train(chinese_config(tmp_path / "run", shards, original, train__steps=4, data__workers=2, **options))
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     whole, continued = (
-        checkpoint.CheckpointReader(checkpoint.find_checkpoint(tmp_path / name)).weights()
-        for name in ("straight", "run")
+        CheckpointReader(checkpoint.find_checkpoint(tmp_path / name)).weights() for name in ("straight", "run")
     )
     assert all(torch.equal(continued[name], value) for name, value in whole.items())
     train(config_file.load(tmp_path / "run/config.yaml", ["train.steps=5"]))  # what the run wrote names its own copy
