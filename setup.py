@@ -40,6 +40,7 @@ setup(
         "remote": ["fsspec[http,s3,gs]>=2024.5"],
         "eval": ["scikit-learn>=1.4"],
         "plot": ["matplotlib>=3.8"],
+        "languages": ["tokenizers>=0.21"],
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "dev": [
             "fsspec[http]>=2024.5",
@@ -48,6 +49,7 @@ setup(
             "hypothesis>=6.100",
             "open_clip_torch>=3.2",
             "transformers>=4.50",
+            "tokenizers>=0.21",
             "clip-benchmark>=1.6",
             "scikit-learn>=1.4",
             "matplotlib>=3.8",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from evaclip.config import LossConfig, ModelConfig
 from evaclip.data.batch import PackedText
+from evaclip.data.file_tokenizer import tokenizer_of
 from evaclip.data.images import eval_crop
-from evaclip.data.tokenizer import Tokenizer
 from evaclip.errors import ConfigError
 from evaclip.models.clip import CLIP
 from evaclip.models.clip import create_model as _create_towers
@@ -39,7 +39,7 @@ class Clip:
         self.config = model.config
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
-        self._tokenizer = Tokenizer(model.config.text.context_length)
+        self._tokenizer = tokenizer_of(model.config.text)
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +131,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
 
     Raises:
         CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
+        ConfigError: Its tokenizer needs a package that is not installed.
         WeightsError: The export is not whole, or holds an image tower alone.
     """
     stored = open_model(path, device)

@@ -1,10 +1,11 @@
 """Checkpoints: a folder that is whole or does not exist, readable at any world size and by any engine.
 
 ``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, the parts' checksums and its own),
-``config.yaml`` and one safetensors file per rank. An entry of such a file is a run of one parameter's elements,
-``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every rank writes what it owns, once (of what is
-frozen an equal share, without moments), and a reader puts together what it needs. This module knows the format, what is
-wrong with a checkpoint, which ones may go, and how to read one; ``checkpoint_writer`` writes them behind the training.
+``config.yaml``, a copy of the tokenizer's file if it is not CLIP's, and one safetensors file per rank. An entry of
+these is a run of one parameter's elements, ``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every
+rank writes what it owns, once (of what is frozen an equal share, without moments), and a reader puts together what it
+needs. This module knows the format, what is wrong with a checkpoint, which ones may go, and how to read one;
+``checkpoint_writer`` writes them behind the training.
 """
 
 # safetensors leaves parts of its interface untyped:
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from evaclip.checkpoint_names import complete, place_aside, step_of
 from evaclip.config import CheckpointConfig
+from evaclip.config.tokenizer_file import TOKENIZER
 from evaclip.config_file import validate
 from evaclip.errors import CheckpointError
 
@@ -301,8 +303,10 @@ class CheckpointReader:
         fields = {key: value for key, value in meta.items() if key in names}
         fields["slot_states"] = {int(slot): state for slot, state in fields["slot_states"].items()}
         self.state = RunState(**fields)
-        self.config = validate(meta["config"], str(checkpoint))
-        self._parts = [safe_open(checkpoint / part, "pt") for part in meta["parts"]]
+        config = validate(meta["config"], str(checkpoint))
+        own = config.model.with_tokenizer(checkpoint / TOKENIZER)  # wherever the run had it
+        self.config = config.model_copy(update={"model": own})
+        self._parts = [safe_open(checkpoint / part, "pt") for part in meta["parts"] if part != TOKENIZER]
         self._runs: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
         for part in self._parts:
             for key in part.keys():  # noqa: SIM118  not a mapping

@@ -5,8 +5,8 @@ It waits for the checkpoint before as well, where that is still under way, and f
 ``CheckpointWriter.save`` copies this rank's entries into buffers that are allocated once (pinned where there is a GPU).
 One thread per rank then writes ``part_RRRRR.safetensors`` into a hidden folder of this step and this start of the run,
 checksums the same bytes while they are written, flushes, and leaves a small ``part_RRRRR.json`` with size and
-checksum, or with what went wrong. Rank 0's thread waits for those of all ranks, writes ``config.yaml`` and
-``meta.json``, flushes, renames the folder, and applies the retention rule. Nothing is read back.
+checksum, or with what went wrong. Rank 0's thread waits for those of all ranks, writes ``config.yaml``, ``meta.json``
+and the tokenizer's file, flushes, renames the folder, and applies the retention rule. Nothing is read back.
 
 The threads talk through files, because a collective of theirs would get between those of the training. Ranks agree
 when the next checkpoint is due, or at once if it is the final one: one gather and one broadcast of a few hundred bytes.
@@ -42,6 +42,7 @@ from torch import Tensor
 from evaclip.checkpoint import FORMAT, Entry, RunState, delete_old, meta_checksum
 from evaclip.checkpoint_names import complete, step_name
 from evaclip.config import RunConfig
+from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.config_file import dump
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import CheckpointError
@@ -90,6 +91,9 @@ class CheckpointWriter:
         self._waited_for = threading.Event()
         self._num_failed = 0
         self._intact = max(complete(folder), default=None)
+        text = config.model.text
+        needed = ranks.is_main and text.tokenizer
+        self._tokenizer = read_tokenizer(needed, text.tokenizer_digest) if needed else None
 
     def save(self, state: RunState, entries: Iterable[Entry], *, final: bool) -> Path:
         """Start to write ``folder/step_N``; returns where it will be.
@@ -178,6 +182,9 @@ class CheckpointWriter:
         """Wait for all parts and make them a checkpoint; what went wrong, if it did for good."""
         try:
             meta["parts"] = self._await_parts(temporary)
+            if self._tokenizer:
+                size = len(self._tokenizer.content)
+                meta["parts"][TOKENIZER] = {"size": size, "xxh3": self._tokenizer.digest}
             self._persistently(f"checkpoint {path}", partial(self._publish, temporary, path, meta))
         except CheckpointError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -263,6 +270,9 @@ class CheckpointWriter:
 
     def _publish(self, temporary: Path, path: Path, meta: dict[str, Any]) -> None:
         """Write what is not tensors, and give the folder its name."""
+        if self._tokenizer:
+            (temporary / TOKENIZER).write_bytes(self._tokenizer.content)
+            flush(temporary / TOKENIZER)
         write_flushed(temporary / "config.yaml", dump(self._config))
         write_flushed(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
         for word in temporary.glob("part_*.json"):

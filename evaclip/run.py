@@ -22,8 +22,9 @@ import torch
 import evaclip
 from evaclip import changes, checkpoint
 from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
-from evaclip.checkpoint_writer import CheckpointWriter, write_flushed
+from evaclip.checkpoint_writer import CheckpointWriter, flush, write_flushed
 from evaclip.config import ImageTowerConfig
+from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.config_file import dump
 from evaclip.data.order import Plan, SlotState, choose_slots
 from evaclip.data.pipeline import Stream, make_plan
@@ -169,6 +170,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
     if not reader:
         require_files(config.init, ranks)
     changed = changes.refuse_changes(reader.config, config, reader.path, slots=reader.state.slots) if reader else {}
+    config = _keep_tokenizer(config, ranks)
     sources = open_sources(config, ranks)
     if reader:
         _require_same_data(reader, sources)
@@ -230,6 +232,26 @@ def _make_directory(config: RunConfig, ranks: Ranks) -> None:
     if not ranks.is_main:
         log_setup(directory, ranks.rank)
         log.info("rank %d is process %d on %s, %s", ranks.rank, os.getpid(), platform.node(), ranks.device)
+
+
+def _keep_tokenizer(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """Copy the tokenizer's file into the run directory, and go on with the copy: the original may go or change.
+
+    Raises:
+        ConfigError: The file is gone, or has changed since the configuration was read.
+    """
+    text, own = config.model.text, Path(config.run_dir) / TOKENIZER
+    if text.tokenizer is None:
+        return config
+    with agreed(ranks), writing(f"run_dir {own.parent}"):
+        if ranks.is_main:
+            file = read_tokenizer(text.tokenizer, text.tokenizer_digest, text.vocab_size)
+            if not own.exists() or own.read_bytes() != file.content:
+                own.with_name(f".{TOKENIZER}.tmp").write_bytes(file.content)
+                flush(own.with_name(f".{TOKENIZER}.tmp"))
+                own.with_name(f".{TOKENIZER}.tmp").replace(own)
+            log.info("tokenizer %s: %d ids, %s ends a text", text.tokenizer, file.vocab_size, file.after[-1].name)
+    return config.model_copy(update={"model": config.model.with_tokenizer(own)})
 
 
 def _find_state(config: RunConfig, ranks: Ranks) -> checkpoint.CheckpointReader | None:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import xxhash
 from tqdm import tqdm
 
-from evaclip.config import IMAGE_KEYS, DataConfig, RunConfig, ShardSource
+from evaclip.config import CLIP_VOCABULARY, IMAGE_KEYS, DataConfig, RunConfig, ShardSource
+from evaclip.data.file_tokenizer import tokenizer_of
 from evaclip.data.index import ensure_index
 from evaclip.data.readers import OpenedSource, ShardReader, SyntheticReader
 from evaclip.data.shards import ShardSet, missing_files, require_files
 from evaclip.data.storage import Cache
 from evaclip.data.tar import expand_names
-from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
 from evaclip.heartbeat import beat
@@ -46,14 +46,17 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     Communicates one gather of a few bytes per shard, and one of the names of those that are missing.
 
     Raises:
+        ConfigError: The tokenizer cannot be used.
         DataError: A shard is missing, too much of a source is damaged, or it has no images or no captions.
     """
-    tokenizer = Tokenizer(config.model.text.context_length)
+    text = config.model.text
+    with agreed(ranks):
+        tokenizer = tokenizer_of(text)
     size = config.model.image.image_size
     opened: dict[str, OpenedSource] = {}
     for name, source in config.data.sources.items():
         if not isinstance(source, ShardSource):
-            reader = SyntheticReader(size, config.model.text.context_length)
+            reader = SyntheticReader(size, text.context_length, text.vocab_size if text.tokenizer else CLIP_VOCABULARY)
             opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
             continue
         paths = _expand(source.shards, ranks)

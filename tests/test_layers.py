@@ -70,6 +70,7 @@ ONLY_IN = {
     "psutil": {"node_meter"},
     "webdataset": {"data.tar"},
     "fsspec": {"data.storage"},
+    "tokenizers": {"data.file_tokenizer"},
     "flash_attn": {"models.attention"},
 }
 

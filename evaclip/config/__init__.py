@@ -21,6 +21,7 @@ from evaclip.config.data import (
     ZeroShotDataset,
 )
 from evaclip.config.model import (
+    CLIP_VOCABULARY,
     AnyImageTower,
     ImageConfig,
     ImageTowerConfig,
@@ -55,6 +56,7 @@ from evaclip.config.run import (
 )
 
 __all__ = [
+    "CLIP_VOCABULARY",
     "IMAGE_KEYS",
     "AdamWConfig",
     "AnyImageTower",

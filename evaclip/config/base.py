@@ -39,6 +39,15 @@ def _expand(value: object) -> object:
     return os.path.expanduser(re.sub(r"\$\{(\w+)\}", replace, value))  # noqa: PTH111  a pattern, not only a path
 
 
+def path_in(section: object, key: str) -> str | None:
+    """A path out of a section that is not validated yet, expanded; None where its field has nothing or a mistake."""
+    try:
+        path = _expand(cast("Mapping[str, object]", section).get(key) if isinstance(section, Mapping) else None)
+    except ValueError:
+        return None
+    return path if isinstance(path, str) else None
+
+
 def _readable(value: str) -> str:
     scheme, separator, _ = value.partition("://")
     if value.startswith("pipe:") or (separator and scheme not in URL_SCHEMES):

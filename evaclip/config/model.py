@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from evaclip.config.base import Colour, Fraction, Level, Section, tagged
+from evaclip.config.base import Colour, FilePath, Fraction, Level, Section, path_in, tagged
+from evaclip.config.tokenizer_file import read_tokenizer
+from evaclip.errors import ConfigError
 from evaclip.models.registry import ALIASES, PRESETS
 
 
@@ -113,13 +116,24 @@ class TimmTowerConfig(ImageConfig):
 AnyImageTower = Annotated[ImageTowerConfig | TimmTowerConfig, Field(discriminator="kind"), tagged("kind", "eva")]
 
 
-class TextTowerConfig(Section):
-    """A causal transformer over byte-pair tokens; the feature is read at the end token."""
+CLIP_VOCABULARY = 49408
+"""Ids of CLIP's own byte-pair encoding."""
 
+
+class TextTowerConfig(Section):
+    """A causal transformer over a text's tokens; the feature is read at the end token."""
+
+    tokenizer: FilePath | None = None
+    """A Hugging Face tokenizer.json, for other languages than English; null: CLIP's byte-pair encoding. A run copies
+    it and goes on without the original."""
+    tokenizer_digest: str | None = None
+    """Checksum (xxh3) that the tokenizer's file must have; null: it is taken from the file, and stays with the model.
+    """
     context_length: Annotated[int, Field(ge=3)] = 77
     """Most tokens of a caption, start and end included; longer captions are cut and keep the end token."""
-    vocab_size: Annotated[int, Field(ge=49408)] = 49408
-    """Rows of the token embedding; CLIP's tokenizer uses 49408."""
+    vocab_size: PositiveInt = CLIP_VOCABULARY
+    """Rows of the token embedding, at least as many as the tokenizer has ids; with a tokenizer.json, left out: as many.
+    """
     width: PositiveInt = 512
     """Channels of a token."""
     depth: PositiveInt = 12
@@ -131,10 +145,32 @@ class TextTowerConfig(Section):
     mlp_width: PositiveInt = 2048
     """Hidden channels of the feed-forward."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_tokenizer(cls, given: Any) -> Any:
+        """Read the tokenizer's file, unless that was done before: the section of a checkpoint needs none."""
+        path = path_in(given, "tokenizer")
+        if path is None or given.get("tokenizer_digest") is not None:
+            return given
+        section = cast("Mapping[str, Any]", given)
+        rows = section.get("vocab_size")
+        try:
+            found = read_tokenizer(path, vocab_size=rows if isinstance(rows, int) else None)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return {"vocab_size": found.vocab_size, **section, "tokenizer_digest": found.digest}
+
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> TextTowerConfig:
+    def _sizes_fit(self) -> TextTowerConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.tokenizer is None and self.tokenizer_digest is not None:
+            raise ValueError(f"tokenizer_digest {self.tokenizer_digest} belongs to a tokenizer; name its file too")
+        if self.tokenizer is None and self.vocab_size < CLIP_VOCABULARY:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is less than the {CLIP_VOCABULARY} ids of CLIP's tokenizer; leave it "
+                f"out, or name another tokenizer"
+            )
         return self
 
 
@@ -165,6 +201,12 @@ class ModelConfig(Section):
                 f"and give model.embed_dim and model.text"
             )
         return _merge(PRESETS[name], {**section, "name": name})
+
+    def with_tokenizer(self, path: Path) -> ModelConfig:
+        """The same model, whose tokenizer's file is at another place; itself where it needs none."""
+        if self.text.tokenizer is None:
+            return self
+        return self.model_copy(update={"text": self.text.model_copy(update={"tokenizer": str(path)})})
 
 
 def _kind(image: object) -> object:

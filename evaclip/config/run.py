@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     Field,
@@ -14,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from evaclip.config.base import FilePath, Fraction, Probability, Section, tagged
+from evaclip.checkpoint_names import complete
+from evaclip.config.base import FilePath, Fraction, Probability, Section, path_in, tagged
 from evaclip.config.data import DataConfig, EvalConfig
 from evaclip.config.model import ImageTowerConfig, InfoNceConfig, Loss, ModelConfig
+from evaclip.config.tokenizer_file import TOKENIZER
 from evaclip.metrics import EVAL_METRICS
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
@@ -338,6 +342,21 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _go_on_with_own_tokenizer(cls, given: Any) -> Any:
+        """A run that has a checkpoint goes on with its copy of the tokenizer where the original is gone."""
+        text: Any = given
+        for key in ("model", "text"):
+            text = cast("Mapping[str, Any]", text).get(key) if isinstance(text, Mapping) else None
+        path, run_dir = path_in(text, "tokenizer"), path_in(given, "run_dir")
+        if path is None or run_dir is None or Path(path).exists():
+            return given
+        own = Path(run_dir) / TOKENIZER
+        if not (own.exists() and complete(own.parent / "checkpoints")):
+            return given
+        return {**given, "model": {**given["model"], "text": {**text, "tokenizer": str(own)}}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

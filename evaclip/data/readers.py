@@ -18,9 +18,9 @@ from torch import Tensor
 from evaclip.config import IMAGE_KEYS, AugmentConfig
 from evaclip.data import images
 from evaclip.data.captions import BadCaptionError, choose_caption
+from evaclip.data.file_tokenizer import AnyTokenizer
 from evaclip.data.order import hash64
 from evaclip.data.shards import CorruptRecordError, ShardSet
-from evaclip.data.tokenizer import Tokenizer
 
 
 class Sample(NamedTuple):
@@ -64,7 +64,7 @@ class ShardReader:
     augment: AugmentConfig
     image_size: int
     max_pixels: int
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """See ``Reader.load``."""
@@ -96,13 +96,16 @@ class SyntheticReader:
 
     image_size: int
     context_length: int
+    vocabulary: int
+    """The last two ids begin and end a caption, as CLIP's do."""
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """See ``Reader.load``."""
         random = np.random.Generator(np.random.Philox(hash64(shard, record)))
         image = torch.from_numpy(random.integers(0, 256, (3, self.image_size, self.image_size), np.uint8))
         length = int(random.integers(1, self.context_length - 1))
-        return Sample(image, [49406, *random.integers(1, 49405, length).tolist(), 49407])
+        words = random.integers(1, max(2, self.vocabulary - 3), length).tolist()
+        return Sample(image, [self.vocabulary - 2, *words, self.vocabulary - 1])
 
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""

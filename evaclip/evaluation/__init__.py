@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import assert_never
 
 from evaclip.config import EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
-from evaclip.data.tokenizer import Tokenizer
-from evaclip.distributed import Ranks
+from evaclip.data.file_tokenizer import tokenizer_of
+from evaclip.distributed import Ranks, agreed
 from evaclip.evaluation.encoding import Bench, Encoder
 from evaclip.evaluation.results import Predictions, Result, format_table, write_results
 from evaclip.evaluation.retrieval import retrieve
@@ -22,7 +22,7 @@ from evaclip.loss import Similarity
 
 __all__ = ["Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
 
-_tokenizer = lru_cache(maxsize=1)(Tokenizer)  # building one takes longer than a small set
+_tokenizer = lru_cache(maxsize=1)(tokenizer_of)  # building one takes longer than a small set
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def evaluate(
         encoder: The two towers, on ``ranks.device``.
         similarity: From cosines to logits, for the validation loss.
         config: Names the sets and the batch.
-        model: What the encoder was made from: image size, normalisation, context length.
+        model: What the encoder was made from: image size, normalisation, tokenizer, context length.
         ranks: Every rank must call this and take all results.
         workers: Processes per rank that read and decode; 0: this one does.
         index_dir: Where shard indexes are kept; None: beside each shard.
@@ -54,9 +54,11 @@ def evaluate(
         A result per set; iterating over one gives ``(eval/NAME/METRIC, value)``.
 
     Raises:
+        ConfigError: On every rank, if the tokenizer's file cannot be used.
         DataError: On every rank, if something in a set is missing or wrong; nothing is skipped.
     """
-    tokenizer = _tokenizer(model.text.context_length)
+    with agreed(ranks):
+        tokenizer = _tokenizer(model.text)  # type: ignore[arg-type]  sections are frozen, so they have a hash
     bench = Bench(encoder, model, tokenizer, ranks, config.batch, workers, max_image_pixels, between)
     for name, dataset in config.datasets.items():
         match dataset:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from evaclip.config import ImageConfig, ModelConfig
 from evaclip.data.batch import PackedText
-from evaclip.data.tokenizer import Tokenizer
+from evaclip.data.file_tokenizer import AnyTokenizer
 from evaclip.data.workers import loader
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
@@ -96,7 +96,7 @@ class Bench:
 
     encoder: Encoder
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     ranks: Ranks
     batch: int
     """Images or captions per rank and call."""

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evaclip.checkpoint import file_checksum
 from evaclip.checkpoint_writer import flush
+from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.errors import WeightsError, writing
 from evaclip.models.clip import CLIP
 from evaclip.models.vision import ImageTower
@@ -137,19 +139,28 @@ def usage(out: str, kind: ExportFormat) -> str:
 def _content(stored: Stored, kind: ExportFormat) -> _Content:
     """What lies in the folder; fails before anything is written."""
     model = stored.clip.config
-    files: dict[str, Any] = {}
+    text, files = model.text, dict[str, Any]()
+    file = read_tokenizer(text.tokenizer, text.tokenizer_digest) if text.tokenizer else None
     if kind == "open_clip":
-        files["open_clip_config.json"] = open_clip_config(model, stored.loss_config, _timm_pool(stored.clip))
-        files |= tokenizer_files(model.text.context_length)
+        files["open_clip_config.json"] = open_clip_config(model, stored.loss_config, _timm_pool(stored.clip), file)
+        files |= tokenizer_files(text.context_length, file)
     elif kind == "timm":
         files["config.json"] = timm_config(model.image, model.embed_dim)
     elif kind == "hf":
-        files |= transformers_configs(model, stored.loss_config)
-        files |= tokenizer_files(model.text.context_length)
+        files |= transformers_configs(model, stored.loss_config, file)
+        files |= tokenizer_files(text.context_length, file)
+    elif kind == "safetensors" and file:
+        files[TOKENIZER] = file.content.decode()
+    elif kind == "eva" and file:
+        raise WeightsError(f"eva_clip knows CLIP's tokenizer alone, not {text.tokenizer}; export it with --format hf")
+    described = model.model_dump(mode="json")
+    if TOKENIZER in files:  # completed for tools that need it, so perhaps of another digest
+        digest = xxhash.xxh3_64_hexdigest(files[TOKENIZER].encode())
+        described["text"] |= {"tokenizer": TOKENIZER, "tokenizer_digest": digest}
     about = {
         "format": ABOUT_FORMAT,
         "exported_as": kind,
-        "model": model.model_dump(mode="json"),
+        "model": described,
         "loss": stored.loss_config.model_dump(mode="json"),
         "origin": stored.origin,
     }

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import timm
 
 from evaclip.config import AnyImageTower, ImageTowerConfig, LossConfig, ModelConfig, SigmoidConfig, TimmTowerConfig
+from evaclip.config.tokenizer_file import TOKENIZER, TokenizerFile
 from evaclip.data.tokenizer import Tokenizer, read_merges
 from evaclip.errors import WeightsError
 from evaclip.models.registry import ALIASES
@@ -171,16 +172,20 @@ def _shape(image: AnyImageTower) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ open_clip
 
 
-def open_clip_config(model: ModelConfig, loss: LossConfig, timm_pool: str | None = None) -> dict[str, Any]:
+def open_clip_config(
+    model: ModelConfig, loss: LossConfig, timm_pool: str | None = None, file: TokenizerFile | None = None
+) -> dict[str, Any]:
     """``open_clip_config.json`` for ``open_clip.create_model_and_transforms("local-dir:...")``.
 
     Args:
         model: Both towers.
         loss: Decides whether there is a bias beside the temperature.
         timm_pool: How a backbone of timm pools, which open_clip wants to know.
+        file: The tokenizer's, where it is not CLIP's.
 
     Raises:
-        WeightsError: open_clip has no such model: EVA towers only by timm's names, others only as OpenAI's.
+        WeightsError: open_clip has no such model: EVA towers only by timm's names, others only as OpenAI's; or it would
+            not find the end token.
     """
     image, text = model.image, model.text
     vision = _open_clip_vision(model, timm_pool)
@@ -197,6 +202,10 @@ def open_clip_config(model: ModelConfig, loss: LossConfig, timm_pool: str | None
             "mlp_ratio": _ratio(text.mlp_width, text.width),
         },
     }
+    if file:
+        _refuse("open_clip", _hidden_end(file), "--format safetensors")
+        words = {"hf_tokenizer_name": TOKENIZER, "pool_type": "eos", "eos_id": file.after[-1].id}
+        config["text_cfg"] |= words  # of a local folder it takes any name for the folder itself
     if "timm_model_name" in vision:
         config["custom_text"] = True
     if isinstance(loss, SigmoidConfig):
@@ -239,11 +248,19 @@ def _open_clip_vision(model: ModelConfig, timm_pool: str | None) -> dict[str, An
 # --------------------------------------------------------------------------------------------------------- transformers
 
 
-def transformers_configs(model: ModelConfig, loss: LossConfig) -> dict[str, dict[str, Any]]:
+def transformers_configs(
+    model: ModelConfig, loss: LossConfig, file: TokenizerFile | None = None
+) -> dict[str, dict[str, Any]]:
     """``config.json`` of a ``CLIPModel`` and ``preprocessor_config.json`` of its processor.
 
+    Args:
+        model: Both towers.
+        loss: Decides whether there is a bias beside the temperature.
+        file: The tokenizer's, where it is not CLIP's.
+
     Raises:
-        WeightsError: ``CLIPModel`` is OpenAI's CLIP alone; EVA towers and the sigmoid loss's bias it has not.
+        WeightsError: ``CLIPModel`` is OpenAI's CLIP alone; EVA towers and the sigmoid loss's bias it has not; or it
+            would not find the end token.
     """
     image, text = model.image, model.text
     problems = _differences(image, _VIT)
@@ -252,7 +269,13 @@ def transformers_configs(model: ModelConfig, loss: LossConfig) -> dict[str, dict
     if problems or not is_vit(image):
         _refuse("transformers' CLIPModel", problems, "--format open_clip, timm or safetensors")
         raise AssertionError
-    tokenizer = Tokenizer(text.context_length)
+    if file:
+        old = ["the end token's id is 2, for which it looks for the largest id instead"] if _end_id(file) == 2 else []
+        _refuse("transformers' CLIPModel", [*_hidden_end(file), *old], "--format open_clip or safetensors")
+        start, end = (file.before or file.after)[0].id, _end_id(file)
+    else:
+        tokenizer = Tokenizer(text.context_length)
+        start, end = tokenizer.start, tokenizer.end
 
     def tower(config: Any) -> dict[str, Any]:
         return {
@@ -265,7 +288,7 @@ def transformers_configs(model: ModelConfig, loss: LossConfig) -> dict[str, dict
             "projection_dim": model.embed_dim,
         }
 
-    ends = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+    ends = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ends}
     pixels = {"image_size": image.image_size, "patch_size": image.patch_size}
     square = {"height": image.image_size, "width": image.image_size}
@@ -296,8 +319,27 @@ def transformers_configs(model: ModelConfig, loss: LossConfig) -> dict[str, dict
     }
 
 
-def tokenizer_files(context_length: int) -> dict[str, str]:
-    """CLIP's tokenizer as transformers reads it: name of a file -> its text."""
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def _end_id(file: TokenizerFile) -> int:
+    return file.after[-1].id
+
+
+def _hidden_end(file: TokenizerFile) -> list[str]:
+    """Why tools that read the feature at the first end token would not find it."""
+    end = file.after[-1]
+    early = end in (*file.before, *file.after[:-1])
+    return [f"it reads the feature at the first {end.name}, which does not only end this tokenizer's texts"] * early
+
+
+def tokenizer_files(context_length: int, file: TokenizerFile | None = None) -> dict[str, str]:
+    """The tokenizer as transformers reads it, CLIP's or the one of a file: name of a file -> its text."""
+    if file:
+        end = file.after[-1].name
+        names = {"eos_token": end, "pad_token": end} | ({"bos_token": file.before[0].name} if file.before else {})
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **names}
+        return {TOKENIZER: _completed(file), "tokenizer_config.json": json.dumps(settings, indent=2)}
     tokenizer = Tokenizer(context_length)
     start, end = "<|startoftext|>", "<|endoftext|>"
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
@@ -310,3 +352,17 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
         "special_tokens_map.json": json.dumps(names, indent=2),
         "tokenizer_config.json": json.dumps(settings, indent=2),
     }
+
+
+def _completed(file: TokenizerFile) -> str:
+    """A ``tokenizer.json`` that puts by itself around a text what is put there in training."""
+    text = file.content.decode()
+    if file.ends_texts:
+        return text
+    marks = {mark.name: {"id": mark.name, "ids": [mark.id], "tokens": [mark.name]} for mark in file.before + file.after}
+    before, after = (
+        [{"SpecialToken": {"id": mark.name, "type_id": 0}} for mark in side] for side in (file.before, file.after)
+    )
+    single, second = [*before, {"Sequence": {"id": "A", "type_id": 0}}, *after], {"Sequence": {"id": "B", "type_id": 1}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": [*single, second], "special_tokens": marks}
+    return json.dumps({**json.loads(text), "post_processor": template}, ensure_ascii=False)  # others move offsets only

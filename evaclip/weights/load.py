@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evaclip.config import InitConfig, ModelConfig, WeightFormat
+from evaclip.config.tokenizer_file import TOKENIZER
 from evaclip.errors import WeightsError
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.clip import CLIP
@@ -127,6 +128,13 @@ def _require_same_options(report: Report, tower: TowerName, ours: ModelConfig, *
     if alone and "mlp" in found:
         then, here = found.pop("mlp")
         report.remarks.append(f"was trained with {then} and has {here} here, as configured")
+    if "tokenizer_digest" in found:
+        then, here = found.pop("tokenizer_digest")
+        own = f"the {TOKENIZER} beside those weights (digest {then}" if then else "null (CLIP's own"
+        raise WeightsError(
+            f"{report.source} was trained with another tokenizer, so that its tokens stand for other words; set "
+            f"model.text.tokenizer to {own}, now {here})"
+        )
     if found:
         pairs = [f"model.{tower}.{key}={then} (now {here})" for key, (then, here) in found.items()]
         raise WeightsError(f"{report.source} was trained with other options; set {', '.join(pairs)}")

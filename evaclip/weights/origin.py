@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from evaclip.checkpoint import CheckpointReader, file_checksum, find_checkpoint
 from evaclip.config import ModelConfig
+from evaclip.config.tokenizer_file import TOKENIZER
 from evaclip.config_file import load
 from evaclip.errors import WeightsError
 from evaclip.weights.names import TowerName
@@ -22,7 +23,10 @@ ABOUT = "evaclip.json"
 """What we keep beside exported weights: which model they are, and where they come from."""
 ABOUT_FORMAT = 1
 
-_FREE = {"image_size", "patch_size", "token_drop", "drop_path", "resize", "layer_scale", "vocab_size", "context_length"}
+_FREE = {
+    *("image_size", "patch_size", "token_drop", "drop_path", "resize", "layer_scale", "vocab_size", "context_length"),
+    "tokenizer",  # a place, whose content the digest tells
+}
 """Options that may differ, or whose difference names and shapes show."""
 
 
@@ -45,7 +49,7 @@ def read_about(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path / ABOUT} cannot be read ({reason}); export the model again") from None
     if known != ABOUT_FORMAT:
         raise WeightsError(f"{path} has format {known}, this version reads {ABOUT_FORMAT}; export the model again")
-    return {**about, "model": model}
+    return {**about, "model": model.with_tokenizer(path / TOKENIZER)}
 
 
 def require_intact(path: Path) -> None:

@@ -1,13 +1,23 @@
 import functools
+import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 
 import ftfy
+import languages
 import open_clip
 import pytest
+import transformers
+from tiny import tiny_config
 
+from evaclip.config import TextTowerConfig
 from evaclip.data import tokenizer as module
+from evaclip.data.file_tokenizer import FileTokenizer
 from evaclip.data.tokenizer import Tokenizer
+from evaclip.errors import ConfigError
 
 
 @functools.cache
@@ -197,3 +207,198 @@ def test_decode_marks_bytes_that_are_no_text(tokenizer):
 def test_decode_refuses_ids_outside_the_vocabulary(tokenizer, outside):
     with pytest.raises(ValueError, match=rf"ids \[{outside}\] are outside the vocabulary of 49408"):
         tokenizer.decode([320, outside])
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer.json
+
+OF_FILES = [
+    "",
+    " ",
+    "红",
+    "上面是红色\uff0c下面是蓝色。",
+    "a red square, seen from 3 sides",
+    "Ünïcode 🙂 [SEP] </s>",
+    "红 " * 60,
+]
+
+
+def of_file(path, **options) -> FileTokenizer:
+    return FileTokenizer(TextTowerConfig.model_validate({"tokenizer": str(path), **options}))
+
+
+@pytest.mark.parametrize("kind", languages.ENDS)
+@pytest.mark.parametrize("context_length", [77, 6])
+def test_ids_equal_transformers_with_the_end_token_behind_them(tmp_path, kind, context_length):
+    path, end = languages.save(tmp_path, kind), languages.make(kind).token_to_id(languages.ENDS[kind])
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    tokenizer = of_file(path, context_length=context_length)
+    missing = [end] * (kind in languages.NOT_ENDED)
+    for text in OF_FILES:
+        cut = reference(text, truncation=True, max_length=context_length - len(missing))
+        assert tokenizer.encode(text) == cut["input_ids"] + missing, text
+        assert tokenizer.encode(text)[-1] == end == tokenizer.end
+        assert len(tokenizer.encode(text)) <= context_length
+    assert tokenizer(OF_FILES) == [tokenizer.encode(text) for text in OF_FILES]
+
+
+@pytest.mark.parametrize("kind", languages.ENDS)
+def test_vocabulary_of_a_file_is_that_of_its_package(tmp_path, kind):
+    path = languages.save(tmp_path, kind)
+    assert TextTowerConfig(tokenizer=str(path)).vocab_size == languages.make(kind).get_vocab_size()
+    assert TextTowerConfig(tokenizer=str(path), vocab_size=512).vocab_size == 512  # a multiple, for the tensor cores
+
+
+def test_a_path_is_expanded_and_a_missing_name_is_an_error(tmp_path, monkeypatch):
+    path = languages.save(tmp_path)
+    monkeypatch.setenv("WORDS", str(path.parent))
+    assert tiny_config(tmp_path, model__text__tokenizer="${WORDS}/tokenizer.json").model.text.tokenizer == str(path)
+    with pytest.raises(ConfigError, match=r"model\.text\.tokenizer: environment variable GONE_ is not set"):
+        tiny_config(tmp_path, model__text__tokenizer="${GONE_}/tokenizer.json")
+
+
+def test_added_tokens_count_as_ids(tmp_path):
+    tokenizer = languages.make("GPT-2")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextTowerConfig(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size == tokenizer.get_vocab_size() == 301
+
+
+def test_padding_and_truncation_of_a_file_do_not_count(tmp_path):
+    tokenizer = languages.make("BERT")
+    expected = of_file(languages.save(tmp_path)).encode("红色 蓝色")
+    tokenizer.enable_padding(length=20)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert of_file(tmp_path / "tokenizer.json").encode("红色 蓝色") == expected
+
+
+WRONG = {
+    "no end": (
+        {"post_processor": None, "added_tokens": []},
+        r"does not say which token ends a text: .* none of <\|endoftext\|>, .*TemplateProcessing\(single='\$A END'",
+    ),
+    "two ends": (
+        {
+            "post_processor": None,
+            "added_tokens": [
+                {"id": 2, "content": "</s>", "special": True},
+                {"id": 3, "content": "[SEP]", "special": True},
+            ],
+        },
+        r"puts nothing behind it, and </s> and \[SEP\] are among its special tokens",
+    ),
+    "dropout": (
+        {"model__dropout": 0.1},
+        r"has dropout 0\.1, so that a text's ids are drawn; set model\.dropout to null",
+    ),
+    "no unknown word": ({"model__unk_token": "[GONE]"}, r"has no \[GONE\], which stands for unknown words; add it"),
+    "end outside": (
+        {"post_processor__special_tokens__[SEP]__ids": [102]},
+        r"adds \[SEP\] as id 102, which its vocabulary of 28 has not; save the tokenizer again",
+    ),
+    "two templates": (
+        {
+            "post_processor": {
+                "type": "Sequence",
+                "processors": 2 * [{"type": "BertProcessing", "cls": ["a", 1], "sep": ["b", 2]}],
+            }
+        },
+        r"several of its post-processors add tokens, of which their package applies one\); give the one file",
+    ),
+    "unknown processor": ({"post_processor": {"type": "New"}}, r"of the unknown kind New\); give the one file"),
+    "no vocabulary": (
+        {"model": {"type": "WordLevel"}},
+        r"cannot be used as a tokenizer\.json \(KeyError: 'vocab'\); give",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_files_that_cannot_be_used_are_refused_with_the_configuration(tmp_path, changes, message):
+    path = languages.save(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tmp_path, model__text__tokenizer=str(path))
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"class_name": "Tokenizer"}', "\x00\xff"])
+def test_other_files_are_refused_with_the_configuration(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"cannot be used as a tokenizer\.json \(.*\); give the one file that transform"
+    ):
+        tiny_config(tmp_path, model__text__tokenizer=str(tmp_path / "tokenizer.json"))
+
+
+def test_pieces_without_an_unknown_one_are_refused(tmp_path):
+    path = languages.save(tmp_path, "T5", model__unk_id=None)
+    with pytest.raises(ConfigError, match="its model has no unk_id, which stands for unknown pieces; add one"):
+        tiny_config(tmp_path, model__text__tokenizer=str(path))
+
+
+def test_what_its_package_cannot_read_is_refused(tmp_path):
+    path = languages.save(tmp_path, pre_tokenizer={"type": "New"})
+    with pytest.raises(ConfigError, match=rf"{path} cannot be read by tokenizers [\d.]+: .*; make it anew, or install"):
+        of_file(path)
+
+
+def test_fewer_rows_than_ids_are_refused_with_both_numbers(tmp_path):
+    path = languages.save(tmp_path)
+    message = rf"model\.text\.vocab_size 27 is less than the 28 ids of {path}; leave it out, or give 28 or more"
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tmp_path, model__text__tokenizer=str(path), model__text__vocab_size=27)
+    digest = TextTowerConfig(tokenizer=str(path)).tokenizer_digest
+    with pytest.raises(ConfigError, match=message):  # where the configuration has no need to look into the file
+        of_file(path, tokenizer_digest=digest, vocab_size=27)
+
+
+def test_fewer_rows_than_clips_own_ids_are_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match="vocab_size 100 is less than the 49408 ids of CLIP's tokenizer; leave it out"
+    ):
+        tiny_config(tmp_path, model__text__vocab_size=100)
+    with pytest.raises(ConfigError, match="tokenizer_digest 12 belongs to a tokenizer; name its file too"):
+        tiny_config(tmp_path, model__text__tokenizer_digest="12")
+
+
+def test_no_room_between_the_tokens_around_a_text_is_refused(tmp_path):
+    template = languages.template(languages.make("BERT"), "[CLS] [CLS] $A [SEP]")
+    path = languages.save(tmp_path, post_processor=json.loads(template.__getstate__()))
+    assert len(of_file(path, context_length=4).encode("红色")) == 4
+    with pytest.raises(ConfigError, match=r"context_length 3 leaves no room .* puts around a text; give 4 or more"):
+        of_file(path, context_length=3)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    path = languages.save(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r"needs a package that is not installed: pip install 'evaclip\[languages\]'"):
+        of_file(path)
+
+
+def test_a_file_is_pickled_by_name_and_read_again(tmp_path):
+    tokenizer = of_file(languages.save(tmp_path), context_length=9)
+    packed = pickle.dumps(tokenizer)
+    assert len(packed) < 2000
+    assert pickle.loads(packed).encode(OF_FILES[-1]) == tokenizer.encode(OF_FILES[-1])
+    languages.save(tmp_path, model__unk_token="[CLS]")
+    with pytest.raises(ConfigError, match="is not the tokenizer of this model"):
+        pickle.loads(packed)
+
+
+def test_forked_processes_give_the_same_ids_and_say_nothing(tmp_path):
+    code = """
+import os, sys
+from evaclip.config import TextTowerConfig
+from evaclip.data.file_tokenizer import FileTokenizer
+tokenizer = FileTokenizer(TextTowerConfig(tokenizer=sys.argv[1]))
+texts = [f"a red square {number}" for number in range(2000)]
+before = tokenizer(texts)
+if os.fork():
+    assert len(os.listdir("/proc/self/task")) == 1, "the package has started threads"
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+os._exit(tokenizer(texts) != before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    command = [sys.executable, "-c", code, str(languages.save(tmp_path, "GPT-2"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
