@@ -18,7 +18,7 @@ from evaclip.config import RetrievalDataset
 from evaclip.data.captions import choose_caption
 from evaclip.data.index import index_path
 from evaclip.data.order import hash64
-from evaclip.data.shards import Shard, write_shards
+from evaclip.data.shards import Shard
 from evaclip.distributed import Ranks
 from evaclip.evaluation.datasets import captions_of, open_records
 
