@@ -276,7 +276,7 @@ def _coco_lists(source: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         content = json.loads(source.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source} is not JSON ({error}); give COCO's captions, a CSV, a TSV or parquet") from error
-    lists = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
+    lists: list[Any] = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
     if not all(isinstance(some, list) and all(isinstance(entry, dict) for entry in some) for some in lists):
         raise DataError(f"{source} is not in COCO's form; it needs `images` and `annotations`, two lists of objects")
     return lists[0], lists[1]
