@@ -212,10 +212,11 @@ def _parquet_rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]
     except ModuleNotFoundError as error:
         raise DataError("parquet files need pyarrow, which is missing; pip install 'evaclip[parquet]'") from error
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:  # the buffer would keep the whole file
             _require_columns(path, file.schema_arrow.names, columns)
-            for batch in file.iter_batches(batch_size=_BATCH):  # row group by row group
-                yield from batch.to_pylist()
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(_BATCH, [group]):
+                    yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); fetch it again") from error
 

@@ -29,12 +29,14 @@ class KeyList:
     def __init__(self, path: str) -> None:
         try:
             with Path(path).open("rb") as file:
-                hashes = (xxhash.xxh3_64_intdigest(key) for line in file if (key := line.strip()))
-                self._hashes: NDArray[np.uint64] = np.unique(np.fromiter(hashes, np.uint64))
+                listed = (xxhash.xxh3_64_intdigest(key) for line in file if (key := line.strip()))
+                hashes: NDArray[np.uint64] = np.fromiter(listed, np.uint64)
         except OSError as error:
             raise DataError(f"the list of keys {path} cannot be read ({error.strerror}); check the path") from error
-        if not len(self._hashes):
+        if not len(hashes):
             raise DataError(f"the list of keys {path} is empty; it needs the key of a record in each line")
+        hashes.sort()
+        self._hashes = hashes[np.append(True, hashes[1:] != hashes[:-1])]  # np.unique takes ten times as long
 
     def __contains__(self, key: str) -> bool:
         wanted = np.uint64(xxhash.xxh3_64_intdigest(key.encode(errors="surrogateescape")))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import re
 import sys
 from datetime import date
@@ -13,6 +14,7 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from record_sources import LeftOut, from_parquet
 
 from evaclip.config import RetrievalDataset
 from evaclip.data.captions import choose_caption
@@ -217,6 +219,18 @@ def test_parquet_with_paths_beside_the_images(photos, tmp_path, capsys):
     (record,) = read([tmp_path / "out/00000.tar"])
     assert record.members["jpg"] == picture(1)
     assert json.loads(record.members["json"]) == {"caption": "x", "image": "a.jpg"}
+
+
+def test_of_a_parquet_file_no_more_than_a_few_row_groups_are_in_memory(tmp_path):
+    image = picture(1) + random.Random(0).randbytes(1 << 20)
+    source = write_parquet(
+        tmp_path / "a.parquet",
+        {"image": [image + bytes([n]) for n in range(40)], "caption": [f"{n}" for n in range(40)]},
+    )
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _ in from_parquet(source, "image", "caption", LeftOut(), per_line=False):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 12 << 20, "of 40 MiB in groups of two"
 
 
 def test_a_folder_of_images_stays_one_beside_a_parquet_file(photos, tmp_path, capsys):
