@@ -41,6 +41,7 @@ setup(
         "eval": ["scikit-learn>=1.4"],
         "plot": ["matplotlib>=3.8"],
         "languages": ["tokenizers>=0.21"],
+        "parquet": ["pyarrow>=15.0"],
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "dev": [
             "fsspec[http]>=2024.5",
@@ -53,6 +54,7 @@ setup(
             "clip-benchmark>=1.6",
             "scikit-learn>=1.4",
             "matplotlib>=3.8",
+            "pyarrow>=15.0",
             "ruff==0.17.5",
             "pyright==1.1.414",
             "beartype>=0.20",

@@ -1,4 +1,4 @@
-"""The run's books of its data: every record that slots took is delivered or listed, or the run stops.
+"""The run's books of its data: every record that slots took is delivered, filtered or listed, or the run stops.
 
 Over all ranks, whenever a row or a checkpoint is written: slot states are checked against the order, bad records go
 to ``bad_records.jsonl``, and their numbers are compared with ``max_bad_fraction``. Why a record is bad is decided by
@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from evaclip.data.accounts import SourceAccount, account, require_balance, require_few_bad
+from evaclip.data.accounts import SourceAccount, account, in_words, require_balance, require_few_bad
 from evaclip.distributed import agreed
 from evaclip.errors import writing
 from evaclip.history import append_rows, cut_rows, read_rows
@@ -36,6 +36,8 @@ class Accounting:
         self._told: dict[str, int] = {}
         self._bad: Counter[tuple[str, str]] = Counter()
         self.accounts: dict[str, SourceAccount] = {}
+        sources = run.config.data.sources
+        self._with_filter = {name for name in sources if getattr(sources[name], "filter", None)}
         with agreed(run.ranks), writing(f"run_dir {run.directory}"):
             if run.ranks.is_main:
                 cut_rows(self._path, run.step if run.slot_states else -1)
@@ -76,6 +78,8 @@ class Accounting:
             values[f"data/passes/{name}"] = entry.passes
             values[f"data/delivered/{name}"] = entry.delivered
             values[f"data/skipped/{name}"] = entry.num_skipped
+            if name in self._with_filter:
+                values[f"data/filtered/{name}"] = entry.num_filtered
         return values
 
     def require_few_bad(self, most: float) -> None:
@@ -87,7 +91,8 @@ class Accounting:
         return [
             f"source {name}: {entry.delivered:,} delivered + {entry.num_skipped:,} skipped"
             + (f" ({entry.reasons})" if entry.skipped else "")
-            + f" = {entry.delivered + entry.num_skipped:,} records, {entry.passes:.3g} passes"
+            + (f" + {entry.num_filtered:,} filtered ({in_words(entry.filtered)})" if entry.filtered else "")
+            + f" = {entry.num_taken:,} records, {entry.passes:.3g} passes"
             for name, entry in self.accounts.items()
         ]
 

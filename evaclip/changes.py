@@ -26,7 +26,8 @@ _FIXED = (
     *("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name"),
     *_FREEZE,
 )
-_MOVABLE = (".shards", "model.name")  # content is compared by digest, names by what they stand for
+_MOVABLE = (".shards", ".filter.keys", ".filter.drop_keys", "model.name")
+"""Content is compared by digest, names by what they stand for."""
 
 
 def refuse_changes(saved: RunConfig, wanted: RunConfig, origin: Path, *, slots: int) -> Changes:

@@ -53,6 +53,9 @@ METRICS: dict[str, Metric] = {
     "data/passes/SOURCE": Metric("passes over the source so far, the current one as a fraction", "last"),
     "data/delivered/SOURCE": Metric("samples of the source trained on so far", "last"),
     "data/skipped/SOURCE": Metric("unusable records of the source passed over so far", "last"),
+    "data/filtered/SOURCE": Metric(
+        "records that the source's filter left out so far; left out where there is none", "last"
+    ),
     "system/NODE/cpu_fraction": Metric("share of the node's processors that was busy since the row before", "mean"),
     "system/NODE/memory_fraction": Metric("share of the node's memory that is not available", "last"),
     "system/NODE/gpu_fraction": Metric(

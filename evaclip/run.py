@@ -274,9 +274,9 @@ def _require_same_data(reader: checkpoint.CheckpointReader, sources: Mapping[str
         saved = reader.state.digests.get(name)
         if saved != source.digest:
             raise CheckpointError(
-                f"source {name} holds other records than when {reader.path} was written (index digest {source.digest}, "
-                f"saved {saved}); restore the shards, or their indexes by tools/index_shards.py --rebuild, or use "
-                f"a new run_dir"
+                f"source {name} holds other records, or its filter other keys, than when {reader.path} was written "
+                f"(digest {source.digest}, saved {saved}); restore the shards and lists of keys, or the indexes by "
+                f"tools/index_shards.py --rebuild, or use a new run_dir"
             )
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from evaclip.config import CLIP_VOCABULARY, IMAGE_KEYS, DataConfig, RunConfig, ShardSource
 from evaclip.data.file_tokenizer import tokenizer_of
+from evaclip.data.filters import RecordFilter
 from evaclip.data.index import ensure_index
 from evaclip.data.readers import OpenedSource, ShardReader, SyntheticReader
 from evaclip.data.shards import ShardSet, missing_files, require_files
@@ -43,11 +44,13 @@ class ShardFacts(NamedTuple):
 def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     """Find and count all sources; missing indexes are built in parallel over the ranks.
 
-    Communicates one gather of a few bytes per shard, and one of the names of those that are missing.
+    Communicates one gather of a few bytes per shard, one of the names of those that are missing, and one of the digests
+    of a filter's lists.
 
     Raises:
         ConfigError: The tokenizer cannot be used.
-        DataError: A shard is missing, too much of a source is damaged, or it has no images or no captions.
+        DataError: A shard or a list of keys is missing, too much of a source is damaged, or it has no images, no
+            captions or nothing to filter by.
     """
     text = config.model.text
     with agreed(ranks):
@@ -59,6 +62,7 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
             reader = SyntheticReader(size, text.context_length, text.vocab_size if text.tokenizer else CLIP_VOCABULARY)
             opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
             continue
+        conditions = _open_filter(name, source, ranks)
         paths = _expand(source.shards, ranks)
         facts = _count(name, paths, config.data, ranks)
         _require_little_damage(name, paths, facts, config.data.max_bad_fraction)
@@ -66,11 +70,29 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
         cache = Cache(Path(config.data.cache_dir), config.data.cache_gib << 30) if config.data.cache_dir else None
         shards = ShardSet(paths, config.data.index_dir, [fact.digest for fact in facts], cache)
         reader = ShardReader(
-            shards, source.captions, config.data.augment, size, config.data.max_image_pixels, tokenizer
+            shards, source.captions, config.data.augment, size, config.data.max_image_pixels, tokenizer, conditions
         )
         digest = xxhash.xxh3_64_hexdigest("".join(fact.digest for fact in facts).encode())
+        digest += conditions.digest if conditions else ""
         opened[name] = OpenedSource(reader, tuple(fact.records for fact in facts), digest)
     return opened
+
+
+def _open_filter(name: str, source: ShardSource, ranks: Ranks) -> RecordFilter | None:
+    """A source's filter; every rank reads its lists, and they must be the same."""
+    if source.filter is None:
+        return None
+    conditions: RecordFilter | None = None
+    with agreed(ranks):
+        conditions = RecordFilter(source.filter)
+    digests = ranks.gather_objects(conditions.digest if conditions else "")
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise DataError(
+                f"source {name}: the lists of keys that rank {rank} reads hold other keys than those of rank 0; "
+                f"put them where all nodes see the same files"
+            )
+    return conditions
 
 
 def _expand(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
@@ -124,10 +146,12 @@ def _require_little_damage(name: str, paths: Sequence[str], facts: Sequence[Shar
 def _require_members(name: str, source: ShardSource, facts: Sequence[ShardFacts]) -> None:
     found = {extension for fact in facts for extension in fact.extensions}
     wanted = {key.partition(".")[0] for key in source.captions}
-    for what, keys in (("images", set(IMAGE_KEYS)), ("captions", wanted)):
+    needs = [("images", set(IMAGE_KEYS), "captions and img2dataset's layout"), ("captions", wanted, "captions")]
+    if source.filter and source.filter.fields:
+        needs.append(("fields to filter by", {"json"}, "filter.fields"))
+    for what, keys, option in needs:
         if not keys & found:
             raise DataError(
                 f"the shards of source {name} hold no {what}: wanted members {', '.join(sorted(keys))}, "
-                f"found {', '.join(sorted(found))}; see data.sources.{name}.captions"
-                + ("" if what == "captions" else " and img2dataset's layout")
+                f"found {', '.join(sorted(found))}; see data.sources.{name}.{option}"
             )

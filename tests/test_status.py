@@ -328,12 +328,15 @@ def test_slow_ranks_are_named_and_the_others_are_a_spread():
 
 def test_books_of_the_data_give_fractions_and_reasons(tmp_path):
     row = {"step": 5, "train/loss": 1.0, "data/delivered/web": 97.0, "data/skipped/web": 3.0, "data/passes/web": 0.5}
+    row["data/filtered/web"] = 1100.0
     bad = [{"reason": reason} for reason in ("checksum", "no_image", "checksum", ["x"])]
     config = {"data": {"max_bad_fraction": 0.05}}
     found = find_facts(made_up(rows=[row], bad_records=bad, config=config), NOW)
-    assert found.data == kinds.Data({"web": kinds.Source(97, 3, 0.03, 0.5)}, 0.05, {"checksum": 2, "no_image": 1}, True)
+    assert found.data == kinds.Data(
+        {"web": kinds.Source(97, 3, 0.03, 1100, 0.5)}, 0.05, {"checksum": 2, "no_image": 1}, True
+    )
     text = "\n".join(render(found))
-    assert "data         web: 97 delivered, 3 skipped (3 %, limit 5 %), 0.5 passes" in text
+    assert "data         web: 97 delivered, 3 skipped (3 %, limit 5 %), 1,100 filtered, 0.5 passes" in text
     assert "             skipped for: 2 checksum, 1 no_image" in text
     assert "lately skipped for: " in "\n".join(
         render(find_facts(made_up(bad_records=bad, bad_records_whole=False), NOW))

@@ -1,145 +1,33 @@
-"""Turn a folder or a table of images and captions into indexed WebDataset shards in img2dataset's layout.
+"""Turn a folder, a table, parquet files or COCO's captions into indexed WebDataset shards in img2dataset's layout.
 
     python tools/make_shards.py photos/ data/photos         # photos/**/NAME.jpg beside NAME.txt, NAME.json or both
     python tools/make_shards.py captions.csv data/photos    # columns filepath and title, others go into the json
+    python tools/make_shards.py parquet/ data/photos        # columns image (bytes or a path) and caption
+    python tools/make_shards.py captions_train2017.json data/coco --images train2017
 
 Image bytes are copied as they are; what cannot be decoded is found, counted and skipped by the trainer. A record
-without an image or without a caption is left out and counted here. The shards appear under their name only when all
-of them are complete.
+without an image or without a caption is left out and counted here. Of several captions the first is ``txt``, and all
+of them are ``caption``, ``caption_2`` ... of the json; with ``--retrieval``, ``txt`` holds a caption per line and OUT
+becomes a test split in CLIP_benchmark's layout, for evaluation. The shards appear under their name only when all of
+them are complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from record_sources import LeftOut, Members, from_coco, from_folder, from_parquet, from_table
 from tqdm import tqdm
 
 from evaclip.config import IMAGE_KEYS
+from evaclip.data.index import index_path
 from evaclip.data.shards import Shard, write_shards
 from evaclip.errors import DataError, EvaclipError
-
-Members = dict[str, bytes]
-EXAMPLES = 3  # paths that are printed of each kind of record that is left out
-
-
-class LeftOut:
-    """Counts the records that are left out, by reason, and remembers the first few of each."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def add(self, reason: str, which: object) -> None:
-        """Count one record."""
-        self.counts[reason] += 1
-        if self.counts[reason] <= EXAMPLES:
-            self.examples.setdefault(reason, []).append(str(which))
-
-    def lines(self) -> list[str]:
-        """A line per reason."""
-        return [
-            f"left out {count:,}: {reason} ({', '.join(self.examples[reason])}{', ...' if count > EXAMPLES else ''})"
-            for reason, count in self.counts.items()
-        ]
-
-
-# ------------------------------------------------------------------------------------------------------------ sources
-
-
-def from_folder(folder: Path, left_out: LeftOut) -> Iterator[Members]:
-    """Records of a folder and its subfolders, in the order of their paths.
-
-    An image takes the .txt and the .json of the same name; of several images of one name the first of ``IMAGE_KEYS``
-    is taken.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    groups: dict[Path, dict[str, Path]] = {}
-    for path in files:
-        extension = path.suffix[1:].lower()
-        if extension not in (*IMAGE_KEYS, "txt", "json"):
-            left_out.add(f"not one of {', '.join(IMAGE_KEYS)}, txt, json", path)
-            continue
-        group = groups.setdefault(path.with_suffix(""), {})
-        if extension in group:
-            left_out.add("duplicate of a file whose extension differs in case", path)
-        else:
-            group[extension] = path
-    for stem, group in groups.items():
-        images = [key for key in IMAGE_KEYS if key in group]
-        texts = {key: group[key].read_bytes() for key in ("txt", "json") if key in group}
-        if not images:
-            left_out.add("caption without an image", stem)
-        elif not any(text.strip() for text in texts.values()):
-            left_out.add("image without a caption", group[images[0]])
-        else:
-            for key in images[1:]:
-                left_out.add(f"duplicate, {images[0]} taken instead", group[key])
-            yield {images[0]: group[images[0]].read_bytes(), **texts}
-
-
-def from_table(table: Path, image_column: str, caption_column: str, left_out: LeftOut) -> Iterator[Members]:
-    """Records of a CSV or TSV with a header; relative image paths start at the table's folder.
-
-    Raises:
-        DataError: The table cannot be read, has no rows, or lacks a column.
-    """
-    seen: set[tuple[str, str]] = set()
-    for line, row in _rows(table, (image_column, caption_column)):
-        name, caption = row[image_column].strip(), row[caption_column].strip()
-        where = f"line {line}: {name or 'no path'}"
-        path = table.parent / name
-        extension = path.suffix[1:].lower()
-        if not name or not path.is_file():
-            left_out.add("image does not exist", where)
-        elif extension not in IMAGE_KEYS:
-            left_out.add(f"not one of {', '.join(IMAGE_KEYS)}", where)
-        elif not caption:
-            left_out.add("image without a caption", where)
-        elif (name, caption) in seen:
-            left_out.add("duplicate of an earlier line", where)
-        else:
-            seen.add((name, caption))
-            about = {"caption": caption, **{key: row[key] for key in row if key and key != caption_column}}
-            yield {extension: path.read_bytes(), "txt": caption.encode(), "json": json.dumps(about).encode()}
-
-
-def _rows(table: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells of each row; the separator is a tab if the header holds one, else a comma."""
-    csv.field_size_limit(1 << 30)  # captions have no limit of ours
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            separator = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator, restval="")
-            header = list(reader.fieldnames or ())
-            if not header:
-                raise DataError(f"{table} is empty; it needs a header with the columns {' and '.join(columns)}")
-            for column in columns:
-                if column not in header:
-                    raise DataError(
-                        f"{table} has no column {column!r}, only {', '.join(header)}; "
-                        f"name the columns with --image-column and --caption-column"
-                    )
-            for row in reader:
-                if None in row:
-                    raise DataError(
-                        f"{table}, line {reader.line_num}: more cells than the {len(header)} columns of the header; "
-                        f"quote cells that contain a {'tab' if separator == chr(9) else 'comma'}"
-                    )
-                yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise DataError(f"{table} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
-        except csv.Error as error:
-            raise DataError(f"{table}: not a readable table ({error})") from error
-
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
@@ -152,7 +40,9 @@ def keyed(records: Iterable[Members], records_per_shard: int) -> Iterator[tuple[
         yield f"{shard:05d}{place:0{width}d}", members
 
 
-def write_folder(out: Path, records: Iterable[Members], records_per_shard: int) -> list[Path]:
+def write_folder(
+    out: Path, records: Iterable[Members], records_per_shard: int, *, retrieval: bool = False
+) -> list[Path]:
     """Write shards into a temporary folder beside ``out`` and rename it when all is written; returns the tars.
 
     Raises:
@@ -164,32 +54,71 @@ def write_folder(out: Path, records: Iterable[Members], records_per_shard: int) 
     shutil.rmtree(partial, ignore_errors=True)
     try:
         progress = tqdm(records, unit=" records", disable=None)  # silent where nobody watches
-        paths = write_shards(partial, keyed(progress, records_per_shard), records_per_shard)
+        folder = partial / "test" if retrieval else partial
+        paths = write_shards(folder, keyed(progress, records_per_shard), records_per_shard)
+        if retrieval:
+            paths = _as_benchmark(paths)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return [out / path.name for path in paths]
+    return [out / path.relative_to(partial) for path in paths]
+
+
+def _as_benchmark(paths: list[Path]) -> list[Path]:
+    """Name the tars of a split as CLIP_benchmark does."""
+    split = paths[0].parent
+    renamed = [split / f"{number}.tar" for number in range(len(paths))]
+    for old, new in zip(paths, renamed, strict=True):
+        Path(index_path(old, None)).rename(index_path(new, None))
+        old.rename(new)
+    (split / "nshards.txt").write_text(f"{len(paths)}\n", encoding="utf-8")
+    (split.parent / "dataset_type.txt").write_text("retrieval\n", encoding="utf-8")
+    return renamed
 
 
 def make_shards(
-    source: Path, out: Path, *, image_column: str, caption_column: str, records_per_shard: int
+    source: Path,
+    out: Path,
+    *,
+    images: Path | None,
+    image_column: str | None,
+    caption_column: str | None,
+    retrieval: bool,
+    records_per_shard: int,
 ) -> tuple[list[Path], LeftOut]:
-    """Turn a folder or a table into shards; returns the tars and what was left out.
+    """Turn a source into shards; returns the tars and what was left out.
 
     Raises:
         DataError: The source does not exist or gives no record, or ``out`` is taken.
     """
     left_out = LeftOut()
-    if source.is_dir():
+    kind = source.suffix.lower()
+    if images and kind != ".json":
+        raise DataError(f"--images is for COCO's captions, and {source} is no .json; leave it out")
+    if source.is_file() and kind == ".json":
+        records = from_coco(source, images or source.parent, left_out, per_line=retrieval)
+    elif (source.is_file() and kind == ".parquet") or _holds_parquet_alone(source):
+        columns = (image_column or "image", caption_column or "caption")
+        records = from_parquet(source, *columns, left_out, per_line=retrieval)
+    elif source.is_dir():
         records = from_folder(source, left_out)
     elif source.is_file():
-        records = from_table(source, image_column, caption_column, left_out)
+        columns = (image_column or "filepath", caption_column or "title")
+        records = from_table(source, *columns, left_out, per_line=retrieval)
     else:
-        raise DataError(f"{source} does not exist; give a folder of images and captions, or a CSV or TSV file")
+        raise DataError(
+            f"{source} does not exist; give a folder of images and captions, a CSV, a TSV, parquet or COCO's captions"
+        )
     first = next(records, None)
     if first is None:
         raise DataError("\n  ".join([f"{source} holds no image with a caption", *left_out.lines()]))
-    return write_folder(out, chain([first], records), records_per_shard), left_out
+    return write_folder(out, chain([first], records), records_per_shard, retrieval=retrieval), left_out
+
+
+def _holds_parquet_alone(folder: Path) -> bool:
+    """Whether parquet files lie in a folder, and no images."""
+    found = {path.suffix[1:].lower() for path in folder.rglob("*")}
+    return "parquet" in found and found.isdisjoint(IMAGE_KEYS)
 
 
 def main(argv: list[str]) -> int:
@@ -197,11 +126,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", type=Path, help="folder of images and captions, or a CSV or TSV file with a header")
-    parser.add_argument("out", type=Path, help="folder for the shards; must not exist or be empty")
-    parser.add_argument("--image-column", default="filepath", help="column of the image paths (default: %(default)s)")
-    parser.add_argument("--caption-column", default="title", help="column of the captions (default: %(default)s)")
-    parser.add_argument("--records-per-shard", type=_positive, default=10_000, help="default: %(default)s")
+    add = parser.add_argument
+    add("source", type=Path, help="folder of images and captions or of parquet files; or a CSV, TSV, parquet or JSON")
+    add("out", type=Path, help="folder for the shards; must not exist or be empty")
+    add("--images", type=Path, metavar="FOLDER", help="where file_name of COCO's JSON begins (default: its folder)")
+    add("--image-column", help="column of the images or their paths (default: filepath; of parquet: image)")
+    add("--caption-column", help="column of the captions (default: title; of parquet: caption)")
+    add("--retrieval", action="store_true", help="write an evaluation set, a caption per line, not a training set")
+    add("--records-per-shard", type=_positive, default=10_000, help="default: %(default)s")
     options = vars(parser.parse_args(argv))
     try:
         paths, left_out = make_shards(**options)
@@ -209,7 +141,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     counts = [Shard(path).num_records for path in paths]
-    print("\n".join([*left_out.lines(), f"{sum(counts):,} records in {len(counts):,} shards: {_pattern(paths)}"]))
+    where = options["out"] if options["retrieval"] else _pattern(paths)
+    print("\n".join([*left_out.lines(), f"{sum(counts):,} records in {len(counts):,} shards: {where}"]))
     return 0
 
 

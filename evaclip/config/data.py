@@ -4,12 +4,64 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictBool,
+    StrictStr,
+    model_validator,
+)
 
 from evaclip.config.base import FilePath, Fraction, Name, Probability, Section, ShardPattern, ShardPatterns, tagged
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 """Members that hold a record's image, in order of preference."""
+
+
+class FieldFilter(Section):
+    """What a field of a record's json member must be: a number in a range, or a word of a choice."""
+
+    min: float | None = None
+    """Smallest number; text that spells a number counts as one."""
+    max: float | None = None
+    """Largest number."""
+    one_of: tuple[StrictBool | StrictStr, ...] | None = Field(default=None, min_length=1)
+    """Words, or true and false, of which it must be one."""
+    none_of: tuple[StrictBool | StrictStr, ...] | None = Field(default=None, min_length=1)
+    """Words, or true and false, of which it must be another one."""
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it asks for a number."""
+        return self.min is not None or self.max is not None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> FieldFilter:
+        if self.is_numeric == (self.one_of is not None or self.none_of is not None):
+            raise ValueError("give min, max or both for numbers, else one_of, none_of or both for words")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class FilterConfig(Section):
+    """Which records are used: those that pass every condition."""
+
+    fields: dict[Name, FieldFilter] = Field(default={})
+    """Field of the json member, nested ones with dots -> condition; a record that lacks the field does not pass."""
+    keys: FilePath | None = None
+    """File with a record key per line; other records do not pass."""
+    drop_keys: FilePath | None = None
+    """File with a record key per line; these records do not pass."""
+
+    @model_validator(mode="after")
+    def _has_a_condition(self) -> FilterConfig:
+        if not (self.fields or self.keys or self.drop_keys):
+            raise ValueError("a filter needs fields, keys or drop_keys")
+        return self
 
 
 class ShardSource(Section):
@@ -23,6 +75,8 @@ class ShardSource(Section):
     """Expected share of the samples, relative to the other sources' weights."""
     captions: dict[Name, PositiveFloat] = Field(default={"txt": 1.0}, min_length=1)
     """Member or json field -> probability: ``{txt: 0.5, json.recaption: 0.5}``; if empty, the first that is not."""
+    filter: FilterConfig | None = None
+    """Which records are used; null: all."""
 
 
 class SyntheticSource(Section):

@@ -1,4 +1,4 @@
-"""What has become of every record: delivered + skipped = taken, and taken = what the order says.
+"""What has become of every record: delivered + skipped + filtered = taken, and taken = what the order says.
 
 Pure functions of plans and slot states. How the numbers are published, and where bad records are listed, is decided
 elsewhere.
@@ -22,6 +22,8 @@ class SourceAccount(NamedTuple):
     delivered: int
     skipped: dict[str, int]
     """Reason -> records."""
+    filtered: dict[str, int] = {}  # noqa: RUF012  never changed
+    """Condition of the source's filter -> records that it left out."""
 
     @property
     def num_skipped(self) -> int:
@@ -29,21 +31,37 @@ class SourceAccount(NamedTuple):
         return sum(self.skipped.values())
 
     @property
+    def num_filtered(self) -> int:
+        """Records that the filter left out."""
+        return sum(self.filtered.values())
+
+    @property
+    def num_taken(self) -> int:
+        """Records of which something has become."""
+        return self.delivered + self.num_skipped + self.num_filtered
+
+    @property
     def reasons(self) -> str:
-        """The reasons in words."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
+        """Why records were skipped, in words."""
+        return in_words(self.skipped)
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Numbers of records with their reasons."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
 
 
 def account(plan: Plan, states: Mapping[int, SlotState]) -> dict[str, SourceAccount]:
     """Add up slot states per source."""
     accounts: dict[str, SourceAccount] = {}
     for number, source in enumerate(plan.sources):
-        skipped: Counter[str] = Counter()
+        skipped, filtered = Counter[str](), Counter[str]()
         for state in states.values():
-            skipped.update({reason: count for which, reason, count in state.skipped if which == number})
+            for total, counts in ((skipped, state.skipped), (filtered, state.filtered)):
+                total.update({reason: count for which, reason, count in counts if which == number})
         delivered = sum(state.delivered[number] for state in states.values())
-        passes = (delivered + skipped.total()) / source.layout.num_records
-        accounts[source.name] = SourceAccount(passes, delivered, dict(skipped))
+        entry = SourceAccount(0.0, delivered, dict(skipped), dict(filtered))
+        accounts[source.name] = entry._replace(passes=entry.num_taken / source.layout.num_records)
     return accounts
 
 
@@ -51,7 +69,7 @@ def require_balance(plan: Plan, before: Mapping[int, SlotState], after: Mapping[
     """Check that slots took, between two states, the records that lie between the two, each once.
 
     Raises:
-        DataError: A slot has delivered and skipped more or fewer.
+        DataError: A slot has taken more or fewer.
     """
     for slot, state in after.items():
         start = before.get(slot) or SlotState.first(len(plan.sources))
@@ -63,14 +81,15 @@ def require_balance(plan: Plan, before: Mapping[int, SlotState], after: Mapping[
                 window = plan.window(number, place.pass_number, slot, place.window)
                 shards = sorted({block.shard for block in window})
                 raise DataError(
-                    f"source {source.name}, slot {slot}: {counted} records were delivered or skipped where the order "
-                    f"has {expected} (pass {place.pass_number}, window {place.window}, shards number "
+                    f"source {source.name}, slot {slot}: {counted} records were delivered, skipped or filtered "
+                    f"where the order has {expected} (pass {place.pass_number}, window {place.window}, shards number "
                     f"{', '.join(map(str, shards))}); the state is damaged: go on from an older checkpoint"
                 )
 
 
 def _taken(state: SlotState, source: int) -> int:
-    return state.delivered[source] + sum(count for which, _, count in state.skipped if which == source)
+    counts = (*state.skipped, *state.filtered)
+    return state.delivered[source] + sum(count for which, _, count in counts if which == source)
 
 
 def require_few_bad(accounts: Mapping[str, SourceAccount], most: float, worst: Callable[[str], str]) -> None:

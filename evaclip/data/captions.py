@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def _read(members: Mapping[str, bytes], key: str) -> str:
         return ""
     try:
         content = members[member].decode("utf-8-sig")
-        value = _field(json.loads(content), path) if path else content
+        value = json_field(json.loads(content), path) if path else content
         if value is None:
             return ""
         if not isinstance(value, str):
@@ -81,8 +81,8 @@ def _read(members: Mapping[str, bytes], key: str) -> str:
     return value.strip()
 
 
-def _field(value: Any, path: list[str]) -> Any:
-    """The value under nested names, None where a name is missing."""
+def json_field(value: Any, path: Sequence[str]) -> Any:
+    """The value under nested names, None where a name is missing; raises ``TypeError`` inside what is no object."""
     for name in path:
         if value is None:
             return None

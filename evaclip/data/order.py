@@ -209,7 +209,7 @@ class Pick(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """All that a slot remembers: JSON keeps it as three lists."""
+    """All that a slot remembers: JSON keeps it as four lists."""
 
     positions: tuple[Position, ...]
     """Per source."""
@@ -217,6 +217,8 @@ class SlotState(NamedTuple):
     """Samples per source."""
     skipped: tuple[tuple[int, str, int], ...] = ()
     """Source, reason, number of bad records."""
+    filtered: tuple[tuple[int, str, int], ...] = ()
+    """Source, condition, number of records that its filter left out."""
 
     @classmethod
     def first(cls, num_sources: int) -> SlotState:
@@ -225,20 +227,21 @@ class SlotState(NamedTuple):
 
     @classmethod
     def parse(cls, value: Sequence[Any]) -> SlotState:
-        """The state that JSON kept."""
-        positions, delivered, skipped = value
+        """The state that JSON kept; before there were filters, it had three lists."""
+        positions, delivered, *counted = value
         return cls(
             tuple(Position(*position) for position in positions),
             tuple(delivered),
-            tuple((*entry,) for entry in skipped),
+            *(tuple((*entry,) for entry in entries) for entries in counted),
         )
 
 
 class SlotCursor:
     """A slot's walk through its records.
 
-    Its owner takes a record from ``next_source()`` and says what became of it: ``deliver`` or ``skip``. A skipped one
-    is replaced by taking again from the same source, so delivered + skipped = taken, for every source and slot.
+    Its owner takes a record from ``next_source()`` and says what became of it: ``deliver``, ``skip`` or ``filter``.
+    One that is not delivered is replaced by taking again from the same source, so delivered + skipped + filtered =
+    taken, for every source and slot.
     """
 
     def __init__(self, plan: Plan, slot: int, state: SlotState | None = None) -> None:
@@ -248,13 +251,17 @@ class SlotCursor:
         self._positions = list(state.positions)
         self._delivered = list(state.delivered)
         self._skipped = {(source, why): number for source, why, number in state.skipped}
+        self._filtered = {(source, why): number for source, why, number in state.filtered}
         self._windows: dict[int, tuple[tuple[int, int], list[Block], int]] = {}
 
     @property
     def state(self) -> SlotState:
         """What a new cursor needs to go on from here."""
-        skipped = tuple((source, why, number) for (source, why), number in sorted(self._skipped.items()))
-        return SlotState(tuple(self._positions), tuple(self._delivered), skipped)
+        skipped, filtered = (
+            tuple((source, why, number) for (source, why), number in sorted(counts.items()))
+            for counts in (self._skipped, self._filtered)
+        )
+        return SlotState(tuple(self._positions), tuple(self._delivered), skipped, filtered)
 
     def next_source(self) -> int:
         """Source of the next sample to deliver."""
@@ -267,6 +274,10 @@ class SlotCursor:
     def skip(self, source: int, reason: str) -> None:
         """Count the record taken last as bad."""
         self._skipped[source, reason] = self._skipped.get((source, reason), 0) + 1
+
+    def filter(self, source: int, condition: str) -> None:
+        """Count the record taken last as one that its source's filter leaves out."""
+        self._filtered[source, condition] = self._filtered.get((source, condition), 0) + 1
 
     def take(self, source: int) -> Pick:
         """The next record of a source."""

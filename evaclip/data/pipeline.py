@@ -6,6 +6,7 @@ as used and the batch of step t depends neither on the number of workers nor on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from evaclip.config import RunConfig
+from evaclip.data.accounts import in_words
 from evaclip.data.batch import Batch, PackedText, Place
 from evaclip.data.order import (
     Plan,
@@ -26,7 +28,7 @@ from evaclip.data.order import (
     slots_of_rank,
     slots_of_worker,
 )
-from evaclip.data.readers import BadRecordError, OpenedSource, Reader, Sample
+from evaclip.data.readers import BadRecordError, FilteredRecordError, OpenedSource, Reader, Sample
 from evaclip.data.workers import loader
 from evaclip.errors import DataError
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
 _BAD_IN_A_ROW = 500  # a slot that meets this many unusable records one after the other gives up
+_FILTERED_IN_A_ROW = 50_000  # the same of records that the filter leaves out: below one of 2,000 it comes to that
 
 
 def make_plan(config: RunConfig, sources: Mapping[str, OpenedSource], slots: int) -> Plan:
@@ -74,7 +77,7 @@ class Delivery(NamedTuple):
     states: dict[int, SlotState]
     """Of the rank's slots, behind this step."""
     skipped: list[BadRecord]
-    """Records that others of the same slots replaced."""
+    """Bad records that others of the same slots replaced."""
 
 
 class Part(NamedTuple):
@@ -133,27 +136,40 @@ class _SlotParts(IterableDataset[Any]):
     def _next(self, cursor: SlotCursor, skipped: list[BadRecord]) -> tuple[Sample, int, Place]:
         source = cursor.next_source()
         reader = self.readers[source]
-        reasons: list[str] = []
+        reasons, conditions = Counter[str](), Counter[str]()
         while True:
             pick = cursor.take(source)
             seed = self.plan.sample_seed(source, pick.pass_number, pick.shard, pick.record)
             try:
                 sample = reader.load(pick.shard, pick.record, seed)
+            except FilteredRecordError as error:
+                cursor.filter(source, error.condition)
+                conditions[error.condition] += 1
+                if conditions.total() >= _FILTERED_IN_A_ROW:
+                    last = reader.record_name(pick.shard, pick.record)
+                    raise self._too_few_pass(source, conditions, last) from None
             except BadRecordError as error:
                 cursor.skip(source, error.reason)
                 place, name = Place(source, pick.shard, pick.record), reader.record_name(pick.shard, pick.record)
                 skipped.append(BadRecord(place, pick.pass_number, error.reason, name))
-                reasons.append(error.reason)
-                if len(reasons) < _BAD_IN_A_ROW:
-                    continue
-                raise DataError(
-                    f"source {self.plan.sources[source].name}: {len(reasons)} records in a row cannot be used, "
-                    f"the last in {reader.shard_name(pick.shard)}: "
-                    + ", ".join(f"{reasons.count(why)} {why}" for why in sorted(set(reasons)))
-                    + "; mend the shard or take it out of the list"
-                ) from None
-            cursor.deliver(source)
-            return sample, seed, Place(source, pick.shard, pick.record)
+                reasons[error.reason] += 1
+                if reasons.total() >= _BAD_IN_A_ROW:
+                    raise DataError(
+                        f"source {self.plan.sources[source].name}: {reasons.total()} records in a row cannot be used, "
+                        f"the last in {reader.shard_name(pick.shard)}: {in_words(reasons)}; "
+                        f"mend the shard or take it out of the list"
+                    ) from None
+            else:
+                cursor.deliver(source)
+                return sample, seed, Place(source, pick.shard, pick.record)
+
+    def _too_few_pass(self, source: int, conditions: Counter[str], last: str) -> DataError:
+        name = self.plan.sources[source].name
+        return DataError(
+            f"source {name}: data.sources.{name}.filter left out {conditions.total():,} records in a row (by "
+            f"{in_words(conditions)}; the last was {last}), so it lets almost nothing pass; compare its conditions "
+            f"with what the shards hold, or write the records that pass into shards of their own"
+        )
 
 
 def _as_it_is(part: Any) -> Any:

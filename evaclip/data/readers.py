@@ -19,6 +19,7 @@ from evaclip.config import IMAGE_KEYS, AugmentConfig
 from evaclip.data import images
 from evaclip.data.captions import BadCaptionError, choose_caption
 from evaclip.data.file_tokenizer import AnyTokenizer
+from evaclip.data.filters import RecordFilter
 from evaclip.data.order import hash64
 from evaclip.data.shards import CorruptRecordError, ShardSet
 
@@ -39,11 +40,19 @@ class BadRecordError(Exception):
         self.reason = reason
 
 
+class FilteredRecordError(Exception):
+    """A record that its source's filter leaves out, with the condition that it fails."""
+
+    def __init__(self, condition: str) -> None:
+        super().__init__(condition)
+        self.condition = condition
+
+
 class Reader(Protocol):
     """Turns a place in a source into a sample."""
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
-        """Read, decode, crop and tokenize; raises ``BadRecordError`` for what is counted and skipped."""
+        """Read, decode, crop and tokenize; raises ``BadRecordError`` or ``FilteredRecordError`` for what is counted."""
         ...
 
     def shard_name(self, shard: int) -> str:
@@ -65,10 +74,13 @@ class ShardReader:
     image_size: int
     max_pixels: int
     tokenizer: AnyTokenizer
+    filter: RecordFilter | None = None
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """See ``Reader.load``."""
         try:
+            if self.filter:
+                self._require_pass(self.filter, shard, record)
             members = self.shards.read(shard, record).members
             data = next((members[key] for key in IMAGE_KEYS if key in members), None)
             if data is None:
@@ -80,6 +92,18 @@ class ShardReader:
             raise BadRecordError(error.reason) from error
         image = images.train_crop(pixels, self.image_size, self.augment, seed)
         return Sample(image, self.tokenizer.encode(caption))
+
+    def _require_pass(self, conditions: RecordFilter, shard: int, record: int) -> None:
+        """Ask the filter: the key lies in the index, and of the record no more is read than its json member."""
+        failed = conditions.failed_by_key(self.shards.key(shard, record))
+        if failed is None and conditions.reads_json:
+            content = self.shards.read(shard, record, only="json").members.get("json")
+            try:
+                failed = conditions.failed_by_json(content)
+            except ValueError as error:
+                raise BadRecordError("undecodable_json") from error
+        if failed is not None:
+            raise FilteredRecordError(failed)
 
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""
@@ -122,4 +146,4 @@ class OpenedSource(NamedTuple):
     reader: Reader
     shard_records: tuple[int, ...]
     digest: str
-    """Identity of the content."""
+    """Identity of the content, and of the lists of its filter."""

@@ -81,14 +81,25 @@ def require_files(names: Sequence[str], missing: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_record(file: File, index: ShardIndex, record: int) -> Record:
+def read_record(file: File, index: ShardIndex, record: int, only: str | None = None) -> Record:
     """Read a record with one request, or two where the first answer is wrong.
+
+    Args:
+        file: The tar.
+        index: The tar's, or a page of it.
+        record: Number in ``index``.
+        only: Read nothing but the member of this extension.
 
     Raises:
         CorruptRecordError: A member's bytes do not match their checksum, or are not there.
         DataError: The storage failed.
     """
     first, last = int(index.starts[record]), int(index.starts[record + 1]) - 1
+    if only is not None:
+        wanted = [m for m in range(first, last + 1) if index.extensions[int(index.kinds[m])] == only]
+        if not wanted:
+            return Record(index.keys[record], {})
+        first = last = wanted[0]
     start = int(index.offsets[first])
     length = int(index.offsets[last] + index.sizes[last]) - start
     where = f"{file.location}: record {index.keys[record]!r}"
@@ -140,15 +151,15 @@ class ShardSet:
         self.cache = cache
         self._forget()
 
-    def read(self, shard: int, record: int) -> Record:
-        """Read a record.
+    def read(self, shard: int, record: int, only: str | None = None) -> Record:
+        """Read a record, or ``only`` its member of one extension, if it has that.
 
         Raises:
             CorruptRecordError: Its bytes are not those of the index.
             DataError: The storage failed, or the index is not the one that was counted.
         """
         file = self._files.get(shard, lambda: open_file(self.locations[shard], self.cache))
-        return read_record(file, self._page(shard, record), record % _PAGE)
+        return read_record(file, self._page(shard, record), record % _PAGE, only)
 
     def key(self, shard: int, record: int) -> str:
         """Key of a record; raises ``DataError`` as ``read`` does."""

@@ -133,6 +133,8 @@ class Source:
     delivered: int | None
     skipped: int | None
     skipped_fraction: float | None
+    filtered: int | None
+    """Records that the source's filter left out; none where there is no filter."""
     passes: float | None
 
 

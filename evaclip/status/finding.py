@@ -290,12 +290,12 @@ def find_data(files: RunFiles, row: Mapping[str, Any]) -> Data:
     names = [name.removeprefix("data/delivered/") for name in row if name.startswith("data/delivered/")]
     sources: dict[str, Source] = {}
     for name in names:
-        delivered, skipped, passes = (
-            number(row.get(f"data/{what}/{name}")) for what in ("delivered", "skipped", "passes")
+        delivered, skipped, filtered, passes = (
+            number(row.get(f"data/{what}/{name}")) for what in ("delivered", "skipped", "filtered", "passes")
         )
         taken = None if delivered is None or skipped is None else delivered + skipped
         fraction = skipped / taken if taken and skipped is not None else None
-        sources[text(name) or ""] = Source(integer(delivered), integer(skipped), fraction, passes)
+        sources[text(name) or ""] = Source(integer(delivered), integer(skipped), fraction, integer(filtered), passes)
     most = number(mapping(files.config.get("data")).get("max_bad_fraction"))
     reasons = Counter(reason for record in files.bad_records if (reason := text(record.get("reason"))))
     return Data(sources, most, dict(reasons.most_common()), files.bad_records_whole)

@@ -187,6 +187,8 @@ def _data(data: Data) -> Iterator[str]:
         if source.skipped is not None:
             share = "" if source.skipped_fraction is None else f" ({fraction(source.skipped_fraction)}{limit})"
             parts.append(f"{source.skipped:,} skipped{share}")
+        if source.filtered is not None:
+            parts.append(f"{source.filtered:,} filtered")
         if source.passes is not None:
             parts.append(f"{source.passes:.3g} passes")
         if hidden and place == _MOST_SOURCES:

@@ -46,7 +46,8 @@ def test_a_record_too_many_or_too_few_is_found_and_placed(error):
     *_, state = walk(plan, 1, 40, bad_every=3)
     wrong = SlotState(state.positions, (state.delivered[0] + error, state.delivered[1]), state.skipped)
     with pytest.raises(
-        DataError, match=r"source a, slot 1: \d+ records were delivered or skipped where the order has \d+ .*shards num"
+        DataError,
+        match=r"source a, slot 1: \d+ records were delivered, skipped or filtered where the order has \d+ .*shards num",
     ):
         require_balance(plan, {}, {1: wrong})
 

@@ -1,20 +1,28 @@
-"""tools/make_shards.py and tools/index_shards.py: what goes into shards, what is left out, what is refused."""
+"""tools/make_shards.py: what goes into shards, what is left out, what is refused."""
 
 import csv
 import io
 import json
-import pickle
+import random
 import re
-from concurrent.futures import wait
+import sys
+from datetime import date
 from pathlib import Path
 
-import index_shards
 import make_shards
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
+from record_sources import LeftOut, from_parquet
 
+from evaclip.config import RetrievalDataset
+from evaclip.data.captions import choose_caption
 from evaclip.data.index import index_path
-from evaclip.data.shards import Shard, write_shards
+from evaclip.data.order import hash64
+from evaclip.data.shards import Shard
+from evaclip.distributed import Ranks
+from evaclip.evaluation.datasets import captions_of, open_records
 
 
 def picture(shade: int, kind: str = "JPEG") -> bytes:
@@ -153,6 +161,182 @@ def test_unusable_table_is_refused_with_one_message(photos, tmp_path, capsys, co
     assert not (tmp_path / "out").exists()
 
 
+# ------------------------------------------------------------------------------------------------------------ parquet
+
+
+def write_parquet(path, columns, rows_per_group=2):
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=rows_per_group)
+    return path
+
+
+def test_parquet_rows_become_records_and_other_columns_go_into_the_json(photos, tmp_path, capsys):
+    columns = {
+        "image": [picture(1), picture(2, "PNG"), picture(3, "WEBP"), picture(4, "BMP"), None, picture(5), picture(6)],
+        "caption": ["rot", "zwei, größer", "drei", "x", "x", " ", None],
+        "similarity": [0.25, None, float("nan"), 1.0, 1.0, 1.0, 1.0],
+        "seen": [date(2026, 1, day) for day in range(1, 8)],
+        "raw": [b"\0"] * 7,
+    }
+    source = write_parquet(tmp_path / "a.parquet", columns)
+    assert parquet.ParquetFile(source).num_row_groups == 4
+    assert run(source, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "left out 1: not one of jpg, jpeg, png, webp (a.parquet, row 4)" in out
+    assert "left out 1: image does not exist (a.parquet, row 5)" in out
+    assert "left out 2: image without a caption (a.parquet, row 6, a.parquet, row 7)" in out
+    records = read([tmp_path / "out/00000.tar"])
+    assert [{*record.members} - {"txt", "json"} for record in records] == [{"jpg"}, {"png"}, {"webp"}]
+    assert records[1].members["png"] == picture(2, "PNG")
+    assert records[1].members["txt"].decode() == "zwei, größer"
+    assert [json.loads(record.members["json"]) for record in records] == [
+        {"caption": "rot", "image": None, "similarity": 0.25, "seen": "2026-01-01", "raw": None},
+        {"caption": "zwei, größer", "image": None, "similarity": None, "seen": "2026-01-02", "raw": None},
+        {"caption": "drei", "image": None, "similarity": None, "seen": "2026-01-03", "raw": None},
+    ]
+
+
+def test_folder_of_parquet_files_with_hugging_faces_images_and_lists_of_captions(photos, tmp_path):
+    (tmp_path / "set/data").mkdir(parents=True)
+    struct = [{"bytes": picture(1), "path": "one.jpg"}, {"bytes": None, "path": str(photos / "b/c.PNG")}]
+    for number, image in enumerate(struct):
+        columns = {"picture": [image], "texts": [[f"first {number}", "", "second\nline"]]}
+        write_parquet(tmp_path / f"set/data/{number}.parquet", columns)
+    names = ("--image-column", "picture", "--caption-column", "texts")
+    assert run(tmp_path / "set", tmp_path / "out", *names) == 0
+    first, second = read([tmp_path / "out/00000.tar"])
+    assert first.members["jpg"] == picture(1)
+    assert first.members["txt"] == b"first 0"
+    assert json.loads(first.members["json"]) == {
+        "caption": "first 0", "caption_2": "second\nline", "picture": {"bytes": None, "path": "one.jpg"},
+    }  # fmt: skip
+    assert second.members["png"] == picture(2, "PNG")
+
+
+def test_parquet_with_paths_beside_the_images(photos, tmp_path, capsys):
+    source = write_parquet(photos / "list.parquet", {"image": ["a.jpg", "gone.jpg", ""], "caption": ["x", "y", "z"]})
+    assert run(source, tmp_path / "out") == 0
+    assert "left out 2: image does not exist (list.parquet, row 2, list.parquet, row 3)" in capsys.readouterr().out
+    (record,) = read([tmp_path / "out/00000.tar"])
+    assert record.members["jpg"] == picture(1)
+    assert json.loads(record.members["json"]) == {"caption": "x", "image": "a.jpg"}
+
+
+def test_of_a_parquet_file_no_more_than_a_few_row_groups_are_in_memory(tmp_path):
+    image = picture(1) + random.Random(0).randbytes(1 << 20)
+    source = write_parquet(
+        tmp_path / "a.parquet",
+        {"image": [image + bytes([n]) for n in range(40)], "caption": [f"{n}" for n in range(40)]},
+    )
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _ in from_parquet(source, "image", "caption", LeftOut(), per_line=False):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 12 << 20, "of 40 MiB in groups of two"
+
+
+def test_a_folder_of_images_stays_one_beside_a_parquet_file(photos, tmp_path, capsys):
+    write_parquet(photos / "list.parquet", {"image": ["a.jpg"], "caption": ["x"]})
+    assert run(photos, tmp_path / "out") == 0
+    assert "left out 1: not one of jpg, jpeg, png, webp, txt, json" in capsys.readouterr().out
+
+
+def test_unusable_parquet_is_refused_with_one_message(tmp_path, capsys, monkeypatch):
+    source = write_parquet(tmp_path / "a.parquet", {"jpg": [picture(1)], "caption": ["x"]})
+    assert run(source, tmp_path / "out") == 1
+    assert (
+        "a.parquet has no column 'image', only jpg, caption; name the columns with --image" in capsys.readouterr().err
+    )
+    source.write_bytes(source.read_bytes()[:-20])
+    assert run(source, tmp_path / "out") == 1
+    assert re.search(r"^error: .*a\.parquet: not a readable parquet file \(.*\); fetch it", capsys.readouterr().err)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run(source, tmp_path / "out") == 1
+    assert capsys.readouterr().err.endswith("need pyarrow, which is missing; pip install 'evaclip[parquet]'\n")
+
+
+# --------------------------------------------------------------------------------------------------------------- COCO
+
+
+def coco(folder, **changes):
+    """Two images of two and three captions, and all that can be wrong."""
+    content = {
+        "info": {"year": 2017},
+        "images": [
+            {"id": 7, "file_name": "a.jpg", "width": 8, "license": 3},
+            {"id": 9, "file_name": "b/c.PNG"},
+            {"id": 7, "file_name": "a.jpg"},
+            {"id": 11, "file_name": "gone.jpg"},
+            {"id": 12},
+            {"id": 13, "file_name": "d.jpg"},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 9, "caption": "three"},
+            {"id": 2, "image_id": 7, "caption": "one"},
+            {"id": 3, "image_id": 7, "caption": " two\nlines "},
+            {"id": 4, "image_id": 9, "caption": "four"},
+            {"id": 5, "image_id": 9, "caption": "five"},
+            {"id": 6, "image_id": 99, "caption": "orphan"},
+            {"id": 8, "image_id": 11, "caption": "of a missing file"},
+            {"id": 9, "image_id": 13, "bbox": [0, 0, 1, 1]},
+        ],
+        **changes,
+    }
+    (folder / "captions.json").write_text(json.dumps(content))
+    return folder / "captions.json"
+
+
+def test_coco_images_become_records_with_all_their_captions(photos, tmp_path, capsys):
+    (photos / "d.jpg").write_bytes(picture(3))
+    assert run(coco(tmp_path), tmp_path / "out", "--images", photos) == 0
+    first, second = read([tmp_path / "out/00000.tar"])
+    assert first.members["jpg"] == picture(1)
+    assert first.members["txt"] == b"one"
+    assert json.loads(first.members["json"]) == {
+        "caption": "one", "caption_2": "two\nlines", "id": 7, "file_name": "a.jpg", "width": 8, "license": 3,
+    }  # fmt: skip
+    assert [json.loads(second.members["json"])[f"caption{n}"] for n in ("", "_2", "_3")] == ["three", "four", "five"]
+    out = capsys.readouterr().out
+    assert "left out 1: annotation of an image that is not listed (annotation 6)" in out
+    assert "left out 1: annotation without a caption (annotation 9)" in out
+    assert "left out 1: duplicate of an image of the same id (image 7: a.jpg)" in out
+    assert "left out 2: image does not exist (image 11: gone.jpg, image 12: no file_name)" in out
+    assert "left out 1: image without a caption (image 13: d.jpg)" in out
+
+
+def test_training_draws_from_all_captions_of_an_image(photos, tmp_path):
+    assert run(coco(tmp_path), tmp_path / "out", "--images", photos) == 0
+    record = read([tmp_path / "out/00000.tar"])[1]
+    captions = {"txt": 1.0, "json.caption_2": 1.0, "json.caption_3": 1.0, "json.caption_4": 1.0}
+    drawn = {choose_caption(record.members, captions, hash64(seed)) for seed in range(60)}
+    assert drawn == {"three", "four", "five"}
+
+
+def test_retrieval_sets_are_evaluated_as_they_are(photos, tmp_path, capsys):
+    source = coco(photos)  # the images lie beside it
+    assert run(source, tmp_path / "out", "--retrieval", "--records-per-shard", 1) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"2 records in 2 shards: {tmp_path}/out"
+    records = open_records(RetrievalDataset(task="retrieval", path=str(tmp_path / "out")), None, Ranks())
+    assert [captions_of(records.read(n), per_line=records.caption_per_line) for n in range(2)] == [
+        ["one", "two lines"],
+        ["three", "four", "five"],
+    ]
+    assert (tmp_path / "out/test/nshards.txt").read_text() == "2\n"
+    assert sorted(path.name for path in (tmp_path / "out/test").glob("*.tar*")) == [
+        *("0.tar", "0.tar.index.safetensors", "1.tar", "1.tar.index.safetensors")
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"images": []}', '{"images": [1], "annotations": []}', "["])
+def test_json_of_another_form_is_refused(tmp_path, capsys, content):
+    (tmp_path / "a.json").write_text(content)
+    assert run(tmp_path / "a.json", tmp_path / "out") == 1
+    assert re.search(r"^error: .*a\.json is not (JSON|in COCO's form; it needs `images` and)", capsys.readouterr().err)
+
+
+def test_a_folder_of_images_belongs_to_coco_alone(photos, tmp_path, capsys):
+    assert run(table(photos / "l.csv", [("a.jpg", "x")]), tmp_path / "out", "--images", photos) == 1
+    assert "--images is for COCO's captions, and " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------- output
 
 
@@ -201,86 +385,3 @@ def test_records_per_shard_must_be_positive(tmp_path, capsys, number):
     with pytest.raises(SystemExit):
         run(tmp_path, tmp_path / "out", "--records-per-shard", number)
     assert "--records-per-shard" in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------------------------------------------- indexing
-
-
-def shards_without_index(folder, count):
-    paths = write_shards(folder, ((f"{number:03d}", {"txt": b"x"}) for number in range(2 * count)), 2)
-    for path in paths:
-        Path(index_path(path, None)).unlink()
-    return paths
-
-
-def test_existing_shards_are_indexed_and_counted(tmp_path, capsys):
-    paths = shards_without_index(tmp_path, 3)
-    assert index_shards.main([f"{tmp_path}/{{00000..00002}}.tar", str(paths[0]), "--processes", "2"]) == 0
-    out = capsys.readouterr().out
-    assert sorted(out.splitlines()[:-1]) == [f"{path}: 2 records" for path in paths]
-    text = r"6 records in 3 shards, 0\.0 GB, \d+\.\d s; 160,000 such shards: \d+\.\d h on this machine"
-    assert re.fullmatch(text, out.splitlines()[-1])
-    assert all(Path(index_path(path, None)).is_file() for path in paths)
-
-
-def test_damaged_shards_are_all_named_and_the_others_indexed(tmp_path, capsys):
-    paths = shards_without_index(tmp_path, 3)
-    paths[0].write_bytes(paths[0].read_bytes()[:700])
-    paths[2].write_bytes(b"not a tar at all")
-    assert index_shards.main([str(tmp_path / "{00000..00002}.tar"), "--index-dir", str(tmp_path / "indexes")]) == 1
-    captured = capsys.readouterr()
-    first, second = captured.err.splitlines()
-    assert first == f"error: {paths[0]}: a damaged header at byte 0; restore it"
-    assert second == f"error: {paths[2]}: the file is cut off at byte 0; restore it"
-    assert captured.out.splitlines()[-1].startswith("2 records in 3 shards")
-    assert Path(index_path(paths[1], str(tmp_path / "indexes"))).is_file()
-
-
-def test_tasks_of_a_slurm_array_share_the_shards(tmp_path, capsys, monkeypatch):
-    paths = shards_without_index(tmp_path, 3)
-    task = {"SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
-    for number, own in (("2", [paths[0], paths[2]]), ("4", [paths[1]])):
-        for name, value in {**task, "SLURM_ARRAY_TASK_ID": number}.items():
-            monkeypatch.setenv(name, value)
-        assert index_shards.main([str(tmp_path / "{00000..00002}.tar"), "--processes", "1"]) == 0
-        assert sorted(capsys.readouterr().out.splitlines()[:-1]) == [f"{path}: 2 records" for path in own]
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "9")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "18")
-    assert index_shards.main([str(tmp_path / "{00000..00002}.tar")]) == 0
-    assert capsys.readouterr().out == "this task of the array has no shards\n"
-
-
-def test_rebuild_notices_other_content_of_the_same_size(tmp_path):
-    (path,) = write_shards(tmp_path, [("a", {"txt": b"old"})], 1)
-    before = Shard(path).index.digest
-    path.write_bytes(path.read_bytes().replace(b"old", b"new"))
-    assert index_shards.main([str(path), "--rebuild"]) == 0
-    assert Shard(path).index.digest != before
-    assert Shard(path).read(0).members == {"txt": b"new"}
-
-
-def test_indexes_stay_in_the_workers_and_few_shards_wait_at_a_time(tmp_path, monkeypatch):
-    paths = [str(path) for path in shards_without_index(tmp_path, 30)]
-    waiting = []
-    monkeypatch.setattr(
-        index_shards, "wait", lambda some, **options: waiting.append(len(some)) or wait(some, **options)
-    )
-    found = list(index_shards.index_all(paths, None, rebuild=False, processes=1))
-    assert sorted(each.location for each in found) == paths
-    assert max(waiting) == 4
-    assert {len(pickle.dumps(each)) < 1000 for each in found} == {True}
-
-
-def test_rebuild_of_urls_needs_a_local_folder_for_the_indexes(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert index_shards.main(["s3://bucket/{0..1}.tar", "--rebuild", "--processes", "1"]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        f"error: s3://bucket/{n}.tar.index.safetensors cannot be written there; set --index-dir to a local folder"
-        for n in range(2)
-    ]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_shards_are_refused(tmp_path, capsys):
-    assert index_shards.main([str(tmp_path / "{0..1}.tar")]) == 1
-    assert "does not exist" in capsys.readouterr().err
