@@ -53,12 +53,14 @@ from evaclip.config.run import (
     WandbConfig,
     WeightFormat,
 )
+from evaclip.config.suite import Average, Published, SuiteConfig, SuiteDataset, SuiteRetrieval, SuiteZeroShot
 
 __all__ = [
     "IMAGE_KEYS",
     "AdamWConfig",
     "AnyImageTower",
     "AugmentConfig",
+    "Average",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
@@ -80,12 +82,17 @@ __all__ = [
     "Optim",
     "OptimConfig",
     "ProfileConfig",
+    "Published",
     "RetrievalDataset",
     "RunConfig",
     "ScheduleConfig",
     "ShardSource",
     "SigmoidConfig",
     "Source",
+    "SuiteConfig",
+    "SuiteDataset",
+    "SuiteRetrieval",
+    "SuiteZeroShot",
     "SyntheticSource",
     "TextTowerConfig",
     "TimmTowerConfig",

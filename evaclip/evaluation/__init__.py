@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import assert_never
 
-from evaclip.config import EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
+from evaclip.config import Dataset, EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
 from evaclip.data.tokenizer import Tokenizer
 from evaclip.distributed import Ranks
 from evaclip.evaluation.encoding import Bench, Encoder
@@ -20,7 +20,16 @@ from evaclip.evaluation.validation_loss import measure_loss
 from evaclip.evaluation.zero_shot import classify
 from evaclip.loss import Similarity
 
-__all__ = ["Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
+__all__ = [
+    "Encoder",
+    "Predictions",
+    "Result",
+    "evaluate",
+    "format_table",
+    "measure",
+    "open_bench",
+    "write_results",
+]
 
 _tokenizer = lru_cache(maxsize=1)(Tokenizer)  # building one takes longer than a small set
 
@@ -56,15 +65,42 @@ def evaluate(
     Raises:
         DataError: On every rank, if something in a set is missing or wrong; nothing is skipped.
     """
-    tokenizer = _tokenizer(model.text.context_length)
-    bench = Bench(encoder, model, tokenizer, ranks, config.batch, workers, max_image_pixels, between)
+    bench = open_bench(
+        encoder,
+        model,
+        ranks,
+        batch=config.batch,
+        workers=workers,
+        max_image_pixels=max_image_pixels,
+        between=between,
+    )
     for name, dataset in config.datasets.items():
-        match dataset:
-            case ZeroShotDataset():
-                yield classify(name, dataset, bench, index_dir)
-            case RetrievalDataset():
-                yield retrieve(name, dataset, bench, index_dir)
-            case ValidationLossDataset():
-                yield measure_loss(name, dataset, bench, index_dir, similarity)
-            case _:
-                assert_never(dataset)
+        yield measure(name, dataset, bench, index_dir, similarity)
+
+
+def open_bench(
+    encoder: Encoder,
+    model: ModelConfig,
+    ranks: Ranks,
+    *,
+    batch: int,
+    workers: int,
+    max_image_pixels: int,
+    between: Callable[[], None] = lambda: None,
+) -> Bench:
+    """What ``measure`` measures on; arguments as of ``evaluate``."""
+    tokenizer = _tokenizer(model.text.context_length)
+    return Bench(encoder, model, tokenizer, ranks, batch, workers, max_image_pixels, between)
+
+
+def measure(name: str, dataset: Dataset, bench: Bench, index_dir: str | None, similarity: Similarity) -> Result:
+    """Measure one set as its configuration says; as ``evaluate``."""
+    match dataset:
+        case ZeroShotDataset():
+            return classify(name, dataset, bench, index_dir)
+        case RetrievalDataset():
+            return retrieve(name, dataset, bench, index_dir)
+        case ValidationLossDataset():
+            return measure_loss(name, dataset, bench, index_dir, similarity)
+        case _:
+            assert_never(dataset)
