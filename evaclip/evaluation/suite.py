@@ -163,7 +163,7 @@ def format_suite(rows: Sequence[Row]) -> str:
     for row in rows:
         published = [f"{100 * value:.1f} [{sources.index(source) + 1}]" for value, source in row.published]
         differences = [] if row.value is None else [f"{100 * (row.value - value):+.1f}" for value, _ in row.published]
-        cells.append((
+        line = (
             row.name,
             row.metric,
             "none" if row.value is None else f"{100 * row.value:.1f}",
@@ -171,8 +171,9 @@ def format_suite(rows: Sequence[Row]) -> str:
             "" if row.records is None else f"{row.records:,}",
             ", ".join(published),
             ", ".join(differences),
-            row.note,
-        ))  # fmt: skip
+            " ".join(row.note.replace("|", "\\|").split()),
+        )
+        cells.append(line)
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     right = (2, 4)
     lines = [

@@ -41,7 +41,8 @@ def plot_suite(rows: Sequence[Row], title: str, output: Path) -> None:
             axes.text(1, place, "no value", va="center", color="0.5", size=8)
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(min([0, *(number for _, number in values)]), 100)
+        axes.set_xticks(range(-100, 101, 20))
+        axes.set_xlim(min([0, *(number for _, number in values)]), 106)  # room for the last number
         axes.set_xlabel("percent")
         axes.grid(visible=True, axis="both", color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -107,6 +107,11 @@ def test_without_a_value_there_is_no_difference():
     assert re.search(r"\| one +\| top1 +\| +none \| +\| +\| 75\.0 \[1\], 80\.2 \[2\] \| +\| failed: x", table)
 
 
+def test_a_message_of_several_lines_stays_in_its_cell():
+    table = format_suite(rows_of(suite_of(), outcomes(one=Outcome({}, "failed: a|b\nc")), "M"))
+    assert "| failed: a\\|b c" in table
+
+
 @pytest.mark.parametrize("model", [None, "another"])
 def test_values_of_other_models_are_not_compared(model):
     assert not any(row.published for row in rows_of(suite_of(), outcomes(), model))
