@@ -174,7 +174,7 @@ def format_suite(rows: Sequence[Row]) -> str:
             " ".join(row.note.replace("|", "\\|").split()),
         )
         cells.append(line)
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]) - 1)] + [4]  # notes are long
     right = (2, 4)
     lines = [
         "| " + " | ".join(f"{cell:{'>' if n in right else '<'}{widths[n]}}" for n, cell in enumerate(line)) + " |"
