@@ -151,7 +151,9 @@ def evaluate_suite(
                     plot_suite(rows, f"{opened.checkpoint}, {model or 'no published model'}", output / "suite.png")
         if failed:
             several = "; ".join(f"{name}: {message}" for name, message in failed.items())
-            raise DataError(f"{len(failed)} of {len(sets)} sets could not be measured: {several}")
+            error = DataError(f"{len(failed)} of {len(sets)} sets could not be measured: {several}")
+            error.on_all_ranks = True
+            raise error
 
 
 def _tell(rows: list[Row], name: str) -> None:

@@ -102,10 +102,14 @@ def rows_of(suite: SuiteConfig, outcomes: Mapping[str, Outcome], model: str | No
         outcomes: Of every set.
         model: Whose published values are compared; None: nobody's.
     """
-    sets = [row for name, dataset in suite.datasets.items() for row in _set_rows(name, dataset, outcomes[name])]
+    published = suite.published.get(model or "", ())
+    sets = [
+        row
+        for name, dataset in suite.datasets.items()
+        for row in _set_rows(name, dataset, outcomes[name], compared=bool(published))
+    ]
     values = {row.name: row.value for row in reversed(sets)}  # a set's first row counts
     averages = [row for name in suite.averages for row in _average_rows(suite, name, values)]
-    published = suite.published.get(model or "", ())
     firsts: set[str] = set()
     compared: list[Row] = []
     for row in (*sets, *averages):
@@ -119,7 +123,7 @@ def _published(sources: Sequence[Published], keys: Sequence[str]) -> Iterator[tu
     return ((rows.values[key] / 100, rows.source) for rows in sources for key in keys if key in rows.values)
 
 
-def _set_rows(name: str, dataset: SuiteDataset, outcome: Outcome) -> Iterator[Row]:
+def _set_rows(name: str, dataset: SuiteDataset, outcome: Outcome, *, compared: bool) -> Iterator[Row]:
     retrieval = isinstance(dataset, SuiteRetrieval)
     metric = "mean_recall" if retrieval else dataset.metric
     if not outcome.results:
@@ -129,7 +133,7 @@ def _set_rows(name: str, dataset: SuiteDataset, outcome: Outcome) -> Iterator[Ro
     best = max(values, key=values.__getitem__)
     result = outcome.results[best]
     notes = [f"{mode} {100 * value:.1f}" for mode, value in values.items() if mode != best]
-    if dataset.records not in (None, result.num_records):
+    if compared and dataset.records is not None and dataset.records != result.num_records:
         notes.append(f"published values are of {dataset.records:,} records")
     if result.templates:
         low, middle, high, std = (100 * result.metrics[name] for name in TEMPLATE_METRICS)
@@ -199,5 +203,5 @@ def write_suite(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> 
         ]
         plain.append({**asdict(row), "published": published})
     write_json(folder / "suite.json", {**about, "rows": plain}, indent=2)
-    heading = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    heading = "\n".join(f"- {key}: {value}" for key, value in about.items() if value is not None)
     write_text(folder / "suite.md", f"# Evaluation suite\n\n{heading}\n\n{format_suite(rows)}\n")
