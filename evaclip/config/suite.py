@@ -74,6 +74,8 @@ class SuiteConfig(Section):
         if both := sorted(self.datasets.keys() & self.averages):
             yield f"averages.{both[0]} has the name of a set; rename one of them"
         for name, average in self.averages.items():
+            if twice := sorted({member for member in average.of if average.of.count(member) > 1}):
+                yield f"averages.{name} names the set {twice[0]} more than once; a mean counts each set once"
             for member in (*average.of, *([average.gap_from] if average.gap_from else [])):
                 if member not in self.datasets:
                     yield f"averages.{name} names the set {member}, which is not in datasets; add it there"

@@ -124,6 +124,7 @@ def test_values_of_other_models_are_not_compared(model):
     [
         ({"averages": {"x": {"of": ["one", "four"]}}}, "averages.x names the set four, which is not in datasets"),
         ({"averages": {"x": {"of": ["one"], "gap_from": "five"}}}, "averages.x names the set five"),
+        ({"averages": {"x": {"of": ["one", "two", "one"]}}}, "averages.x names the set one more than once"),
         ({"averages": {"one": {"of": ["two"]}}}, "averages.one has the name of a set"),
         ({"published": {"M": [{"source": "s", "values": {"six": 1.0}}]}}, "published.M: six is no set, average or SET"),
         ({"published": {"M": [{"source": "s", "values": {"one.recall": 1.0}}]}}, "published.M: one.recall is no set"),
