@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip import config_file
-from evaclip.config import EvalConfig
+from evaclip.config import EvalConfig, SuiteConfig
 from evaclip.errors import ConfigError, EvaclipError, RunLockedError, TrainingStoppedError
 from evaclip.logs import log_error
 
@@ -142,6 +142,7 @@ def _add_watching(commands: Any, shared: argparse.ArgumentParser) -> None:
 def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint", parents=[shared])
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
+    evaluate.add_argument("--suite", metavar="FILE", help="YAML file that names many sets, as configs/suites/*.yaml")
     evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
     evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), help="default: zero_shot")
     evaluate.add_argument("--split", help="split of a CLIP_benchmark folder (default: test)")
@@ -152,7 +153,9 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "--precision", choices=("bf16", "fp16", "fp32"), help="default: the run's; fp32 for bf16_weights"
     )
-    evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and predictions there")
+    evaluate.add_argument(
+        "--output", metavar="DIR", help="write evaluation.json and predictions there; of a suite, table and plot"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a model for other tools", parents=[shared])
@@ -289,17 +292,18 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ConfigError("--task, --split, --class-names and --templates describe a --dataset, which is missing")
     if options.task in ("retrieval", "loss") and (options.class_names or options.templates):
         raise ConfigError(f"--class-names and --templates are for --task zero_shot, not for {options.task}")
+    if options.suite and options.dataset:
+        raise ConfigError("--suite names its datasets itself; leave --dataset out")
     datasets = _datasets(options) if options.dataset else None
-    from evaclip.evaluation.command import evaluate_checkpoint  # noqa: PLC0415  as above
+    suite = config_file.load(options.suite, section=SuiteConfig) if options.suite else None
+    from evaclip.evaluation.command import evaluate_checkpoint, evaluate_suite  # noqa: PLC0415  as above
 
-    evaluate_checkpoint(
-        Path(options.checkpoint),
-        datasets,
-        limit=options.limit,
-        batch=options.batch,
-        precision=options.precision,
-        output=Path(options.output) if options.output else None,
-    )
+    shared: dict[str, Any] = {key: getattr(options, key) for key in ("limit", "batch", "precision")}
+    shared["output"] = Path(options.output) if options.output else None
+    if suite:
+        evaluate_suite(Path(options.checkpoint), suite, **shared)
+    else:
+        evaluate_checkpoint(Path(options.checkpoint), datasets, **shared)
 
 
 def _datasets(options: argparse.Namespace) -> dict[str, Any]:

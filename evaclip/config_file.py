@@ -22,7 +22,7 @@ from evaclip.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), section: type[S] = RunConfig) -> S:
     """Read a YAML file, apply ``section.key=value`` overrides and validate the result.
 
     Raises:
@@ -41,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     sections = cast("dict[str, Any]", tree)
     for item in overrides:
         _override(sections, item)
-    return validate(sections, str(path))
+    return validate(sections, str(path), section)
 
 
 def validate(tree: Mapping[str, Any], origin: str, section: type[S] = RunConfig) -> S:
@@ -53,7 +53,7 @@ def validate(tree: Mapping[str, Any], origin: str, section: type[S] = RunConfig)
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        problems = list(_explain(error))
+        problems = list(_explain(error, section))
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{origin}: {count}", *problems])) from None
 
@@ -128,8 +128,13 @@ def _override(tree: dict[str, Any], item: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    known = [path for option in options() for path in (option.path, option.path.rpartition(".")[0]) if path]
+def _explain(error: ValidationError, section: type[BaseModel]) -> Iterator[str]:
+    known = [
+        path
+        for option in (*options(), *options(section))
+        for path in (option.path, option.path.rpartition(".")[0])
+        if path
+    ]
     for problem in error.errors(include_url=False):
         where = _path(problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")

@@ -87,6 +87,9 @@ EVAL_METRICS: dict[str, tuple[str, ...]] = {
 }
 """Evaluation task -> the METRIC of ``eval/DATASET/METRIC``, in the order they are published."""
 
+TEMPLATE_METRICS = tuple(f"template_top1_{what}" for what in ("min", "median", "max", "std"))
+"""Of a zero-shot set with ``per_template``: top1 of each template alone, over the templates."""
+
 _PATTERNS = {re.compile(re.sub("[A-Z]+", ".+", name)): metric for name, metric in METRICS.items()}
 
 

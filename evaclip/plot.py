@@ -1,8 +1,7 @@
 """``evaclip plot``: the curves of one run, or of several to be compared, as one PNG.
 
 Values are those of ``metrics.jsonl``. A long curve is thinned to the smallest and the largest value of each stretch, so
-that no spike is lost, and drawn faintly below the medians of longer stretches. matplotlib is optional, and imported
-here alone.
+that no spike is lost, and drawn faintly below the medians of longer stretches. matplotlib is optional.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _MANY = 400
 _MEDIANS = 150
 _SPEED = "speed/samples_per_second"
 _AXES = {"step": "step", "samples": "samples", "hours": "hours of training"}
-_INSTALL = "the plot needs matplotlib, which is missing; pip install 'evaclip[plot]'"
+INSTALL = "the plot needs matplotlib, which is missing; pip install 'evaclip[plot]'"
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,18 @@ def plot(run_dirs: Sequence[Path], output: Path, *, metrics: Sequence[str] | Non
         raise ConfigError(f"--output {output} is no .png, the one format that is written")
     runs = read_runs(run_dirs, metrics)
     figure = draw(runs, choose_panels(runs, metrics), by)
+    with writing(f"--output {output}"):
+        save(figure, output)
+    return output
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write a PNG, whole or not at all."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     temporary = output.with_name(f".{output.name}.tmp")
-    with writing(f"--output {output}"):
-        temporary.write_bytes(file.getvalue())
-        temporary.replace(output)
-    return output
+    temporary.write_bytes(file.getvalue())
+    temporary.replace(output)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -266,7 +270,7 @@ def draw(runs: Sequence[Curves], panels: Sequence[Panel], by: By) -> Figure:
         import matplotlib as mpl  # noqa: PLC0415  an optional dependency, and slow
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise ConfigError(_INSTALL) from error
+        raise ConfigError(INSTALL) from error
 
     count = len(panels)
     choices = (3, 4) if count > 4 else (2 if count == 4 else count,)

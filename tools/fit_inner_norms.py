@@ -59,9 +59,10 @@ def fit(model: str, weights: str, shards: str, out: Path, count: int) -> int:
     report = load_tower(tower, "image", tensors, weights, alone=True)
     if not any(".attn.norm." in name for name in report.initialised):
         raise ConfigError(f"{weights} holds inner norms; give it to init.image as it is")
-    records = open_records(ValidationLossDataset(task="loss", path=shards, limit=count), None, Ranks())
-    images = [image_of(records.read(number), tower.config, _MAX_PIXELS) for number in range(len(records))]
-    for number, share in enumerate(fit_inner_norms(tower, torch.stack(images))):
+    dataset = ValidationLossDataset(task="loss", path=shards, limit=count)
+    records = open_records(dataset, None, Ranks())
+    images = [image_of(records.read(number), tower.config, _MAX_PIXELS, dataset) for number in range(len(records))]
+    for number, share in enumerate(fit_inner_norms(tower, torch.cat(images))):
         print(f"block {number}: {share:.2%} of the attention's variance is not kept")
     drawn = ("head.weight", "head.bias")
     tensors = {name: value for name, value in renamed(tower, "image", "eva") if name not in drawn}

@@ -56,6 +56,7 @@ from evaclip.config.run import (
     WandbConfig,
     WeightFormat,
 )
+from evaclip.config.suite import Average, Published, SuiteConfig, SuiteDataset, SuiteRetrieval, SuiteZeroShot
 
 __all__ = [
     "CLIP_VOCABULARY",
@@ -63,6 +64,7 @@ __all__ = [
     "AdamWConfig",
     "AnyImageTower",
     "AugmentConfig",
+    "Average",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
@@ -86,12 +88,17 @@ __all__ = [
     "Optim",
     "OptimConfig",
     "ProfileConfig",
+    "Published",
     "RetrievalDataset",
     "RunConfig",
     "ScheduleConfig",
     "ShardSource",
     "SigmoidConfig",
     "Source",
+    "SuiteConfig",
+    "SuiteDataset",
+    "SuiteRetrieval",
+    "SuiteZeroShot",
     "SyntheticSource",
     "TextTowerConfig",
     "TimmTowerConfig",

@@ -147,11 +147,17 @@ class EvalDataset(Section):
     """A labelled or captioned set on disk."""
 
     path: ShardPattern
-    """A folder in CLIP_benchmark's WebDataset layout, or shards as in ``data.sources``."""
+    """A folder in CLIP_benchmark's WebDataset layout or with a folder of images per class, or shards as in
+    ``data.sources``."""
     split: str = "test"
-    """Folder of the split, for CLIP_benchmark's layout."""
+    """Folder of the split; a folder of class folders need not have it."""
     limit: PositiveInt | None = None
     """Only the first records; null: all."""
+    resize: Literal["crop", "squash"] | None = None
+    """How images become squares; null: as ``model.image.resize`` says."""
+    frames: PositiveInt | None = None
+    """A record is a video, of which so many evenly spaced frames count, by the mean of their features; null: an image.
+    Members are ``0.jpg``, ``1.jpg`` ...; below a class folder, a video is a folder of frames."""
 
 
 class ZeroShotDataset(EvalDataset):
@@ -163,6 +169,8 @@ class ZeroShotDataset(EvalDataset):
     """File with a class name per line; null: ``classnames.txt`` of the folder."""
     templates: FilePath | None = None
     """File with a template per line, in which ``{c}`` stands for the name; null: the folder's own file."""
+    per_template: bool = False
+    """Also classify by each template alone: how much the result hangs on the prompt."""
 
 
 class RetrievalDataset(EvalDataset):

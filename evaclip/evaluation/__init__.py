@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import assert_never
 
-from evaclip.config import EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
+from evaclip.config import Dataset, EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
 from evaclip.data.file_tokenizer import tokenizer_of
 from evaclip.distributed import Ranks, agreed
 from evaclip.evaluation.encoding import Bench, Encoder
@@ -20,7 +20,16 @@ from evaclip.evaluation.validation_loss import measure_loss
 from evaclip.evaluation.zero_shot import classify
 from evaclip.loss import Similarity
 
-__all__ = ["Encoder", "Predictions", "Result", "evaluate", "format_table", "write_results"]
+__all__ = [
+    "Encoder",
+    "Predictions",
+    "Result",
+    "evaluate",
+    "format_table",
+    "measure",
+    "open_bench",
+    "write_results",
+]
 
 _tokenizer = lru_cache(maxsize=1)(tokenizer_of)  # building one takes longer than a small set
 
@@ -57,16 +66,43 @@ def evaluate(
         ConfigError: On every rank, if the tokenizer's file cannot be used.
         DataError: On every rank, if something in a set is missing or wrong; nothing is skipped.
     """
+    bench = open_bench(
+        encoder,
+        model,
+        ranks,
+        batch=config.batch,
+        workers=workers,
+        max_image_pixels=max_image_pixels,
+        between=between,
+    )
+    for name, dataset in config.datasets.items():
+        yield measure(name, dataset, bench, index_dir, similarity)
+
+
+def open_bench(
+    encoder: Encoder,
+    model: ModelConfig,
+    ranks: Ranks,
+    *,
+    batch: int,
+    workers: int,
+    max_image_pixels: int,
+    between: Callable[[], None] = lambda: None,
+) -> Bench:
+    """What ``measure`` measures on; arguments and errors as of ``evaluate``."""
     with agreed(ranks):
         tokenizer = _tokenizer(model.text)  # type: ignore[arg-type]  sections are frozen, so they have a hash
-    bench = Bench(encoder, model, tokenizer, ranks, config.batch, workers, max_image_pixels, between)
-    for name, dataset in config.datasets.items():
-        match dataset:
-            case ZeroShotDataset():
-                yield classify(name, dataset, bench, index_dir)
-            case RetrievalDataset():
-                yield retrieve(name, dataset, bench, index_dir)
-            case ValidationLossDataset():
-                yield measure_loss(name, dataset, bench, index_dir, similarity)
-            case _:
-                assert_never(dataset)
+    return Bench(encoder, model, tokenizer, ranks, batch, workers, max_image_pixels, between)
+
+
+def measure(name: str, dataset: Dataset, bench: Bench, index_dir: str | None, similarity: Similarity) -> Result:
+    """Measure one set as its configuration says; as ``evaluate``."""
+    match dataset:
+        case ZeroShotDataset():
+            return classify(name, dataset, bench, index_dir)
+        case RetrievalDataset():
+            return retrieve(name, dataset, bench, index_dir)
+        case ValidationLossDataset():
+            return measure_loss(name, dataset, bench, index_dir, similarity)
+        case _:
+            assert_never(dataset)

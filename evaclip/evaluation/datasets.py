@@ -1,19 +1,20 @@
 """Evaluation sets on disk: which records there are, and what a label, a caption and a class name is.
 
-Two layouts: CLIP_benchmark's folder (``SPLIT/nshards.txt``, ``SPLIT/0.tar`` ..., ``classnames.txt``,
-``zeroshot_classification_templates.txt``) and shards as in ``data.sources``. Whatever is missing or wrong is an error
-that names the record: an evaluation that skips records measures another set. Nothing here knows the model.
+Three layouts: CLIP_benchmark's folder (``SPLIT/nshards.txt``, ``SPLIT/0.tar`` ..., ``classnames.txt``,
+``zeroshot_classification_templates.txt``), a folder of images per class, and shards as in ``data.sources``. Whatever is
+missing or wrong is an error that names the record: an evaluation that skips records measures another set. Nothing here
+knows the model.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -23,25 +24,37 @@ from evaclip.data.index import ensure_index
 from evaclip.data.shards import ShardSet, expand
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
+from evaclip.evaluation.image_folder import EvalRecord, ImageFolder, choose_frames, find_images
 
 # ------------------------------------------------------------------------------------------------------------ records
 
 
-class EvalRecord(NamedTuple):
-    """A record and the words that lead to it."""
-
-    where: str
-    members: Mapping[str, bytes]
-
-
 @dataclass(frozen=True)
-class Records:
-    """The first ``count`` records of some shards, by number."""
+class _Shards:
+    """Records of some shards, by number."""
 
     shards: ShardSet
     ends: tuple[int, ...]
     """Number of the record behind each shard's last."""
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, number: int) -> EvalRecord:
+        shard = bisect.bisect_right(self.ends, number)
+        start = self.ends[shard - 1] if shard else 0
+        key, members = self.shards.read(shard, number - start)
+        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", members)
+
+
+@dataclass(frozen=True)
+class Records:
+    """The first ``count`` records of a set, by number."""
+
+    source: _Shards | ImageFolder
     count: int
+    dataset: EvalDataset
+    """Says how their images are to be looked at."""
     caption_per_line: bool
     """Whether ``txt`` holds several captions (CLIP_benchmark) or one (img2dataset)."""
 
@@ -51,29 +64,38 @@ class Records:
     def first(self, count: int) -> Records:
         """The first of these records."""
         assert count <= self.count
-        return Records(self.shards, self.ends, count, self.caption_per_line)
+        return replace(self, count=count)
 
     def read(self, number: int) -> EvalRecord:
         """Read a record.
 
         Raises:
-            DataError: Its bytes are not what was indexed.
+            DataError: Its bytes are not what was indexed, or are gone.
         """
-        shard = bisect.bisect_right(self.ends, number)
-        start = self.ends[shard - 1] if shard else 0
-        key, members = self.shards.read(shard, number - start)
-        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", members)
+        return self.source.read(number)
 
 
 def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> Records:
     """Find and count the records of a set; missing indexes are built in parallel over the ranks.
 
-    Communicates one gather of a few bytes per shard.
+    Communicates one gather of a few bytes per shard, or, for a folder of images, of their paths.
 
     Raises:
         DataError: The folder, the split or a shard is missing or damaged.
     """
-    folder = Path(dataset.path).is_dir()
+    root = Path(dataset.path)
+    folder = root.is_dir()
+    images: ImageFolder | None = None
+    with agreed(ranks):
+        if ranks.is_main and folder and not list(root.glob("*/nshards.txt")):
+            images = find_images(root, dataset.split, dataset.frames)
+    images = ranks.gather_objects(images)[0]
+    source = images or _open_shards(dataset, index_dir, ranks, folder=folder)
+    count = len(source) if dataset.limit is None else min(dataset.limit, len(source))
+    return Records(source, count, dataset, caption_per_line=folder)
+
+
+def _open_shards(dataset: EvalDataset, index_dir: str | None, ranks: Ranks, *, folder: bool) -> _Shards:
     mine: list[tuple[int, str]] = []
     paths: list[str] = []
     with agreed(ranks):
@@ -87,9 +109,7 @@ def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> R
     counts, digests = zip(
         *(gathered[i % ranks.world_size][i // ranks.world_size] for i in range(len(paths))), strict=True
     )
-    ends = tuple(accumulate(counts))
-    count = ends[-1] if dataset.limit is None else min(dataset.limit, ends[-1])
-    return Records(ShardSet(paths, index_dir, digests), ends, count, caption_per_line=folder)
+    return _Shards(ShardSet(paths, index_dir, digests), tuple(accumulate(counts)))
 
 
 def _folder_shards(root: Path, split: str) -> list[str]:
@@ -98,7 +118,11 @@ def _folder_shards(root: Path, split: str) -> list[str]:
         splits = ", ".join(sorted(path.parent.name for path in root.glob("*/nshards.txt")))
         raise DataError(
             f"{listing} does not exist; "
-            + (f"set split to one of {splits}" if splits else f"{root} is not in CLIP_benchmark's WebDataset layout")
+            + (
+                f"set split to one of {splits}"
+                if splits
+                else f"{root} is not in CLIP_benchmark's WebDataset layout, nor are there folders with images"
+            )
         )
     text = listing.read_text().strip()
     if not text.isascii() or not text.isdigit() or not int(text):
@@ -109,21 +133,32 @@ def _folder_shards(root: Path, split: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- meanings
 
 
-def image_of(record: EvalRecord, config: ImageConfig, max_pixels: int) -> UInt8[Tensor, "3 height width"]:
-    """The image, decoded in full and cropped as the model wants it.
+def image_of(
+    record: EvalRecord, config: ImageConfig, max_pixels: int, dataset: EvalDataset
+) -> UInt8[Tensor, "frames 3 height width"]:
+    """The image, or so many frames as the set asks for, decoded in full and cropped as set and model want it.
 
     Raises:
         DataError: There is no image, or it cannot be decoded.
     """
-    data = next((record.members[key] for key in IMAGE_KEYS if key in record.members), None)
-    if data is None:
-        raise DataError(f"{record.where} has no image ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}")
+    if dataset.frames is None:
+        images = [record.members[key] for key in IMAGE_KEYS if key in record.members][:1]
+    else:
+        named = (key.partition(".") for key in record.members)
+        numbers = {int(stem): f"{stem}.{key}" for stem, _, key in named if stem.isdecimal() and key in IMAGE_KEYS}
+        frames = [record.members[numbers[number]] for number in sorted(numbers)]
+        images = choose_frames(frames, dataset.frames) if frames else []
+    if not images:
+        kind = "image" if dataset.frames is None else "numbered frames"
+        raise DataError(f"{record.where} has no {kind} ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}")
+    resize = dataset.resize or config.resize
     try:
-        return eval_crop(load_eval(data, max_pixels=max_pixels), config.image_size, config.resize)
+        squares = [eval_crop(load_eval(data, max_pixels=max_pixels), config.image_size, resize) for data in images]
     except BadImageError as error:
         raise DataError(
             f"{record.where}: the image is unusable ({error}); repair or remove it, evaluation skips nothing"
         ) from error
+    return torch.stack(squares)
 
 
 def label_of(record: EvalRecord, num_classes: int) -> int:
@@ -181,6 +216,20 @@ def class_names_of(dataset: ZeroShotDataset) -> list[str]:
     if "" in names:
         raise DataError(f"{path}: line {names.index('') + 1} is empty; class names and labels would not match")
     return names
+
+
+def require_classes(records: Records, names: Sequence[str]) -> None:
+    """Refuse class names that are not as many as the class folders.
+
+    Raises:
+        DataError: They are not.
+    """
+    if isinstance(records.source, ImageFolder) and len(records.source.classes) != len(names):
+        classes = records.source.classes
+        raise DataError(
+            f"{records.source.root} has {len(classes)} class folders ({', '.join(classes[:3])} ...), but {len(names)} "
+            f"class names are given; give one for each folder, in their order, or set split to the folder above them"
+        )
 
 
 def templates_of(dataset: ZeroShotDataset) -> list[str]:

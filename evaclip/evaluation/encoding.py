@@ -10,10 +10,11 @@ Communication is what ``Ranks`` offers and nothing else; this module does not kn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,7 +25,8 @@ from evaclip.data.file_tokenizer import AnyTokenizer
 from evaclip.data.workers import loader
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import DataError
-from evaclip.evaluation.datasets import EvalRecord, Records, image_of
+from evaclip.evaluation.datasets import Records, image_of
+from evaclip.evaluation.image_folder import EvalRecord
 from evaclip.heartbeat import beat
 
 T = TypeVar("T")
@@ -69,7 +71,7 @@ class _Parsed(Dataset[Any]):
     def __getitem__(self, number: int) -> tuple[Tensor, Any] | DataError:
         try:
             record = self.records.read(number)
-            return image_of(record, self.tower, self.max_pixels), self.parse(record)
+            return image_of(record, self.tower, self.max_pixels, self.records.dataset), self.parse(record)
         except DataError as error:
             return error
 
@@ -99,17 +101,21 @@ class Bench:
     tokenizer: AnyTokenizer
     ranks: Ranks
     batch: int
-    """Images or captions per rank and call."""
+    """Images or captions per rank and call; a video of more frames goes alone."""
     workers: int
     """Processes that read and decode; 0: this one does."""
     max_image_pixels: int
     between: Callable[[], None] = lambda: None
     """Called before each batch of images; what it raises on one rank ends the evaluation on all of them."""
+    classifiers: dict[Any, Any] = field(default_factory=dict)
+    """The classifier that was made last, by what it is made of."""
 
     def images(
         self, records: Records, parse: Callable[[EvalRecord], T]
     ) -> Iterator[tuple[Float[Tensor, "batch dim"], list[T]]]:
         """Normalised fp32 features of this rank's share, batch by batch, with what ``parse`` makes of each record.
+
+        The feature of a video is the normalised mean of its frames' normalised features.
 
         Communicates one number per batch: whether every rank could read its records.
 
@@ -117,10 +123,11 @@ class Bench:
             DataError: On every rank, if a record of any rank cannot be used.
         """
         mine = share(len(records), self.ranks)
+        size = max(1, self.batch // (records.dataset.frames or 1))
         batches = loader(
             _Parsed(records, self.model.image, self.max_image_pixels, parse),
-            workers=min(self.workers, -(-len(mine) // self.batch)),
-            batch_size=self.batch,
+            workers=min(self.workers, -(-len(mine) // size)),
+            batch_size=size,
             sampler=mine,
             collate_fn=_collate,
             pin_memory=self.ranks.device.type == "cuda",
@@ -132,12 +139,13 @@ class Bench:
                 if isinstance(loaded, DataError):
                     raise loaded
             beat("evaluation")
-            images, values = loaded
+            images, values = loaded  # records frames 3 height width
+            frames = images.flatten(0, 1).to(self.ranks.device, non_blocking=True)
             # Not inference_mode: what an engine gathers or a module keeps here must stay usable in training.
             with torch.no_grad():
-                features = self.encoder.encode_image(
-                    images.to(self.ranks.device, non_blocking=True), normalize=True
-                ).float()
+                features = self.encoder.encode_image(frames, normalize=True).float()
+            if images.shape[1] > 1:
+                features = F.normalize(features.unflatten(0, images.shape[:2]).mean(1), dim=-1)
             yield features, values
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:

@@ -30,6 +30,8 @@ class Result:
     """Records that the metrics are about."""
     predictions: Predictions | None = None
     """Of a classification."""
+    templates: dict[str, float] | None = None
+    """Template -> top1 by this template alone, of a classification that was asked for it."""
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         return ((f"eval/{self.name}/{metric}", value) for metric, value in self.metrics.items())
@@ -39,28 +41,36 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
     """Write ``evaluation.json`` and, for classifications, ``predictions/NAME.json``; one rank does.
 
     ``evaluation.json`` is ``{name: {"task", "metrics", "num_records"}}``; a prediction file holds ``task``,
-    ``metrics``, ``class_names``, ``labels`` and ``predictions``. A value that is not finite is written as null.
+    ``metrics``, ``class_names``, ``labels`` and ``predictions``, with ``per_template`` also ``templates``. A value that
+    is not finite is written as null.
     """
     summary: dict[str, Any] = {}
     for result in results:
         metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
         summary[result.name] = {"task": result.task, "metrics": metrics, "num_records": result.num_records}
         if result.predictions is not None:
-            found = {
+            found: dict[str, Any] = {
                 "task": result.task,
                 "metrics": metrics,
                 "class_names": result.predictions.class_names,
                 "labels": result.predictions.labels,
                 "predictions": result.predictions.predicted,
             }
-            _write_json(folder / "predictions" / f"{result.name}.json", found, indent=None)
-    _write_json(folder / "evaluation.json", summary, indent=2)
+            found |= {} if result.templates is None else {"templates": result.templates}
+            write_json(folder / "predictions" / f"{result.name}.json", found, indent=None)
+    write_json(folder / "evaluation.json", summary, indent=2)
 
 
-def _write_json(path: Path, value: Any, *, indent: int | None) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None) -> None:
+    """Write a value whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -1,11 +1,17 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from evaclip import evaluation
+from evaclip.config import ZeroShotDataset
 from evaclip.data.batch import PackedText
 from evaclip.data.images import eval_crop, load_eval
+from evaclip.distributed import Ranks
 from evaclip.errors import DataError
+from evaclip.evaluation import open_bench
 from evaclip.evaluation.zero_shot import nearest_classes
+from evaclip.loss import Similarity
 
 NAMES = ["cat", "dog", "red bicycle", "house", "tree at night", "boat", "{x} brace"]
 TEMPLATES = ["a photo of a {c}.", "{c}", "the {c}, drawn; a {c}"]
@@ -171,3 +177,33 @@ def test_a_path_that_does_not_exist_is_named(measure):
     lists = {"class_names": "/nowhere/names", "templates": "/nowhere/templates"}
     with pytest.raises(DataError, match="/nowhere/names does not exist"):
         measure({"path": "/nowhere/set", **lists})
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_template_alone_is_measured_beside_the_ensemble(dataset, tmp_path, measure, world_size):
+    ensemble = measure(dataset)
+    assert ensemble.templates is None
+    result = measure({**dataset, "per_template": True}, world_size=world_size)
+    alone = {}
+    for template in TEMPLATES:
+        (tmp_path / "one").write_text(template)
+        alone[template] = measure({**dataset, "templates": str(tmp_path / "one")}).metrics["top1"]
+    assert result.templates == alone
+    assert len(set(alone.values())) > 1
+    values = sorted(alone.values())
+    spread = {"min": values[0], "median": values[1], "max": values[2], "std": np.std(values)}
+    assert result.metrics == pytest.approx(
+        ensemble.metrics | {f"template_top1_{name}": value for name, value in spread.items()}
+    )
+    assert result.predictions == ensemble.predictions
+
+
+def test_sets_of_equal_classes_share_one_classifier(dataset, counting, clip):
+    encoder = counting()
+    bench = open_bench(encoder, clip.config, Ranks(), batch=64, workers=0, max_image_pixels=10_000)
+    config = ZeroShotDataset.model_validate({**dataset, "resize": "squash"})
+    for other in (config, config.model_copy(update={"resize": "crop"})):
+        evaluation.measure("set", other, bench, None, Similarity(10.0))
+    assert [call for call in encoder.calls if call[0] == "text"] == [("text", len(NAMES) * len(TEMPLATES))]
+    evaluation.measure("set", config.model_copy(update={"per_template": True}), bench, None, Similarity(10.0))
+    assert sum(name == "text" for name, _ in encoder.calls) == 2

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import benchmark_accumulation
 import benchmark_checkpoint
+import benchmark_classifier
 import benchmark_loader
 import benchmark_loss
 import benchmark_optimizer
@@ -126,3 +127,23 @@ def test_checkpoint_benchmark_notices_other_bytes(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(torch, "save", wrong)
     assert benchmark_checkpoint.main(["--model", "tiny", "--rounds", "1", "--folder", str(tmp_path)]) == 1
     assert "error: exp_avg of image.head.weight differs" in capsys.readouterr().err
+
+
+CLASSIFIER = ["--classes", "3", "--templates", "2", "--width", "64", "--depth", "1", "--rounds", "1"]
+
+
+def test_classifier_benchmark_gives_times_of_both_sides_and_their_difference(capsys):
+    assert benchmark_classifier.main(CLASSIFIER) == 0
+    out = capsys.readouterr().out
+    assert all(figures("ours # s, # s busy\nopen_clip # s, # s busy", out))
+    assert figures("open_clip / ours: time #, busy #; largest difference #", out)[2] < 1e-5
+
+
+def test_classifier_benchmark_notices_another_classifier(monkeypatch, capsys):
+    names = benchmark_classifier.open_clip.IMAGENET_CLASSNAMES
+    right = benchmark_classifier.classifier_of
+    monkeypatch.setattr(
+        benchmark_classifier, "classifier_of", lambda bench, _, *rest, **kw: right(bench, names[3:6], *rest, **kw)
+    )
+    assert benchmark_classifier.main(CLASSIFIER) == 1
+    assert "the two do not do the same work" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import clip_benchmark.datasets
 import numpy as np
 from PIL import Image
 from weights.stored import stored
@@ -17,6 +18,7 @@ from evaclip import cli
 from evaclip.data.shards import write_shards
 from evaclip.weights.export import export
 
+PACKAGED = Path(clip_benchmark.datasets.__file__).parent
 CLASSES = ["circle", "square", "star", "cross", "ring", "moon", "ship"]
 RECORDS = 60
 RUN = """
@@ -55,9 +57,23 @@ def write_set(folder: Path, *, captions: bool) -> None:
         (folder / "zeroshot_classification_templates.txt").write_text("a {c}\na drawing of a {c}.\n")
 
 
+def write_class_folders(folder: Path) -> None:
+    """The same pictures as CLIP_benchmark's fer2013, a folder of images per class; classes of unequal size."""
+    for name, members in records(captions=False):
+        label = int(members["cls"]) if int(name) % 2 else 0
+        image = folder / "test" / f"{'gfdecba'[label]}_class" / f"{name}.PNG"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(members["png"])
+    names = json.loads((PACKAGED / "en_classnames.json").read_text())["fer2013"]
+    templates = json.loads((PACKAGED / "en_zeroshot_classification_templates.json").read_text())["fer2013"]
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
+
+
 def test_the_numbers_of_clip_benchmark_are_those_of_evaclip(tmp_path: Path) -> None:
     for name in ("shapes", "flickr30k"):  # by the second name CLIP_benchmark knows a retrieval set
         write_set(tmp_path / name, captions=name == "flickr30k")
+    write_class_folders(tmp_path / "fer2013")
     source = stored(tmp_path, {"name": "tiny-ViT"}, std=0.3)  # so that pictures differ in what they are taken for
     export(source, tmp_path / "out", "open_clip")
     options = {
@@ -67,18 +83,20 @@ def test_the_numbers_of_clip_benchmark_are_those_of_evaclip(tmp_path: Path) -> N
         "--output": f"{tmp_path}/{{dataset}}.json",
         "--num_workers": "0",
     }
-    command = [sys.executable, "-c", RUN, "eval", "--dataset", "wds/shapes", "wds/flickr30k"]
+    command = [sys.executable, "-c", RUN, "eval", "--dataset", "wds/shapes", "wds/flickr30k", "fer2013"]
     command += ["--recall_k", "5", "10", "--no_amp", "--quiet", *(part for pair in options.items() for part in pair)]
     subprocess.run(command, check=True, capture_output=True)
+    classification = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
     same = {
-        "shapes": {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"},
+        "shapes": classification,
+        "fer2013": classification,
         "flickr30k": {
             f"{theirs}_recall@{k}": f"{ours}_recall@{k}"
             for theirs, ours in (("image_retrieval", "text_to_image"), ("text_retrieval", "image_to_text"))
             for k in (5, 10)
         },
     }
-    for name, task in (("shapes", "zero_shot"), ("flickr30k", "retrieval")):
+    for name, task in (("shapes", "zero_shot"), ("flickr30k", "retrieval"), ("fer2013", "zero_shot")):
         told = ["--dataset", str(tmp_path / name), "--task", task, "--output", str(tmp_path / f"ours-{name}")]
         cli.main(["evaluate", str(source), *told])
         ours = json.loads((tmp_path / f"ours-{name}" / "evaluation.json").read_text())[name]
