@@ -141,7 +141,7 @@ def _add_watching(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint", parents=[shared])
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, checkpoint, or an export")
     evaluate.add_argument("--suite", metavar="FILE", help="YAML file that names many sets, as configs/suites/*.yaml")
     evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
     evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), help="default: zero_shot")

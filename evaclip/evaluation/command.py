@@ -1,4 +1,4 @@
-"""``evaclip evaluate``: measure what a run or a checkpoint holds, on one rank or, under torchrun, on several."""
+"""``evaclip evaluate``: measure what a run, a checkpoint or an export holds, on one rank or, under torchrun, on more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from evaclip import api
 from evaclip.checkpoint import CheckpointReader, find_checkpoint
+from evaclip.config import DataConfig, EvalConfig
 from evaclip.distributed import Ranks, agreed, started
 from evaclip.engine.prepare import PreparedTowers
 from evaclip.errors import ConfigError, DataError, writing
@@ -18,17 +19,20 @@ from evaclip.evaluation.results import Result
 from evaclip.evaluation.suite import Outcome, Row, format_suite, missing_sets, placed, rows_of, write_suite
 from evaclip.evaluation.suite_plot import plot_suite
 from evaclip.loss import Similarity
+from evaclip.weights.origin import ABOUT
 
 if TYPE_CHECKING:
-    from evaclip.config import Dataset, RunConfig, SuiteConfig
+    from evaclip.config import Dataset, ModelConfig, SuiteConfig
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint, ready to be measured."""
+    """A model, ready to be measured."""
 
-    checkpoint: Path
-    config: RunConfig
+    place: Path
+    model: ModelConfig
+    datasets: Mapping[str, Dataset]
+    """Its run's own."""
     ranks: Ranks
     measure: Callable[[str, Dataset], Result]
 
@@ -38,25 +42,27 @@ def _opened(path: Path, *, batch: int | None, precision: str | None) -> Generato
     """The model at ``path``, and the ranks that measure it."""
     with started(need_group=False) as ranks:
         with agreed(ranks):
-            own = find_checkpoint(path) if ranks.is_main else None
-        checkpoint = ranks.from_main(own)
-        assert checkpoint is not None
-        config = CheckpointReader(checkpoint).config
-        clip = api.load(checkpoint, device=ranks.device)
+            exported = (path / ABOUT).is_file()
+            own = (path if exported else find_checkpoint(path)) if ranks.is_main else None
+        place = ranks.from_main(own)
+        assert place is not None
+        run = None if exported else CheckpointReader(place).config
+        evaluation, data = (run.eval, run.data) if run else (EvalConfig(), DataConfig.model_construct())
+        clip = api.load(place, device=ranks.device)
         similarity = Similarity(clip.logit_scale, clip.logit_bias)
         bench = open_bench(
-            PreparedTowers(clip.model, precision or config.train.precision, ranks.device),
-            config.model,
+            PreparedTowers(clip.model, precision or (run.train.precision if run else "fp32"), ranks.device),
+            clip.config,
             ranks,
-            batch=batch or config.eval.batch,
-            workers=config.data.workers,
-            max_image_pixels=config.data.max_image_pixels,
+            batch=batch or evaluation.batch,
+            workers=data.workers,
+            max_image_pixels=data.max_image_pixels,
         )
 
-        def run(name: str, dataset: Dataset) -> Result:
-            return measure(name, dataset, bench, config.data.index_dir, similarity)
+        def one(name: str, dataset: Dataset) -> Result:
+            return measure(name, dataset, bench, data.index_dir, similarity)
 
-        yield _Opened(checkpoint, config, ranks, run)
+        yield _Opened(place, clip.config, evaluation.datasets, ranks, one)
 
 
 def evaluate_checkpoint(
@@ -71,25 +77,26 @@ def evaluate_checkpoint(
     """Evaluate and print a table.
 
     Args:
-        path: Run directory or checkpoint.
+        path: Run directory, checkpoint or export.
         datasets: What to measure; None: the run's own.
         limit: Only so many records of each dataset.
         batch: Images per rank and forward pass; None: the run's.
-        precision: bf16, fp16 or fp32; None: the run's (fp32 for bf16_weights, whose masters are loaded).
+        precision: bf16, fp16 or fp32; None: the run's (fp32 for bf16_weights, whose masters are loaded), and fp32 of an
+            export.
         output: Where ``evaluation.json`` and predictions are written.
 
     Raises:
         EvaclipError: With a message for the user.
     """
     with _opened(path, batch=batch, precision=precision) as opened:
-        chosen = opened.config.eval.datasets if datasets is None else dict(datasets)
+        chosen = opened.datasets if datasets is None else dict(datasets)
         if limit is not None:
             chosen = {name: dataset.model_copy(update={"limit": limit}) for name, dataset in chosen.items()}
         if not chosen:
-            raise ConfigError(f"{opened.checkpoint} names no datasets; give one with --dataset PATH")
+            raise ConfigError(f"{opened.place} names no datasets; give one with --dataset PATH")
         results = [opened.measure(name, dataset) for name, dataset in chosen.items()]
         if opened.ranks.is_main:
-            print(f"{opened.checkpoint}\n{format_table(results)}")  # noqa: T201  what the command is for
+            print(f"{opened.place}\n{format_table(results)}")  # noqa: T201  what the command is for
             if output:
                 with writing(f"--output {output}"):
                     write_results(output, results)
@@ -104,7 +111,7 @@ def evaluate_suite(
     cost the others. What is measured so far is written after each set.
 
     Args:
-        path: Run directory or checkpoint.
+        path: Run directory, checkpoint or export.
         suite: What to measure.
         limit: Only so many records of each set; nothing published is compared then.
         batch: As of ``evaluate_checkpoint``.
@@ -123,8 +130,8 @@ def evaluate_suite(
         missing = ranks.from_main(missing)
         outcomes = {name: Outcome({}) for name in sets}
         outcomes |= {name: Outcome({}, f"missing: {place} does not exist") for name, place in missing.items()}
-        model = opened.config.model.name
-        about = {"checkpoint": str(opened.checkpoint), "model": model, "limit": limit}
+        model = opened.model.name
+        about = {"checkpoint": str(opened.place), "model": model, "limit": limit}
         failed: dict[str, str] = {}
         rows: list[Row] = []
         for name in (name for name in sets if name not in missing):
@@ -144,11 +151,11 @@ def evaluate_suite(
                     if output:
                         write_suite(output, rows, about)
         if ranks.is_main:
-            print(f"{opened.checkpoint}\n{format_suite(rows)}")  # noqa: T201  what the command is for
+            print(f"{opened.place}\n{format_suite(rows)}")  # noqa: T201  what the command is for
             if output:
                 with writing(f"--output {output}"):
                     write_results(output, [r for outcome in outcomes.values() for r in outcome.results.values()])
-                    plot_suite(rows, f"{opened.checkpoint}, {model or 'no published model'}", output / "suite.png")
+                    plot_suite(rows, f"{opened.place}, {model or 'no published model'}", output / "suite.png")
         if failed:
             several = "; ".join(f"{name}: {message}" for name, message in failed.items())
             error = DataError(f"{len(failed)} of {len(sets)} sets could not be measured: {several}")

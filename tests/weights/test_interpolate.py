@@ -12,6 +12,7 @@ from weights.stored import SIGMOID, stored
 import evaclip
 from evaclip import cli
 from evaclip.errors import WeightsError
+from evaclip.weights.export import write
 from evaclip.weights.interpolate import interpolate
 
 TINY = {"name": "tiny-EVA02"}
@@ -52,3 +53,17 @@ def test_models_of_different_shape_or_loss_are_refused_with_what_differs(two, tm
         interpolate(two[0], sigmoid, 0.5)
     with pytest.raises(WeightsError, match=r"--share 1\.5 lies outside of the two models"):
         interpolate(*two, 1.5)
+
+
+def test_what_lies_between_is_evaluated_like_a_run(two, tmp_path, colour_shards, capsys):
+    write(interpolate(*two, 1.0), tmp_path / "out", "safetensors")
+    measure = ["--dataset", str(colour_shards / "00000.tar"), "--task", "retrieval", "--precision", "fp32"]
+    printed: list[list[str]] = []
+    for path in (two[1], tmp_path / "out"):
+        cli.main(["evaluate", str(path), *measure])
+        printed.append(capsys.readouterr().out.splitlines()[1:])  # the first line names the model
+    assert printed[0] == printed[1]
+    assert "image_to_text_recall@1" in "\n".join(printed[0])
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path / "out")])
+    assert f"{tmp_path}/out names no datasets; give one with --dataset PATH" in capsys.readouterr().err
