@@ -1,4 +1,4 @@
-"""``evaclip evaluate``: measure what a run, a checkpoint or an export holds, on one rank or, under torchrun, on more."""
+"""``evaclip evaluate``: measure a run, a checkpoint or an export, on one rank or, under torchrun, on several."""
 
 from __future__ import annotations
 
