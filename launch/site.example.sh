@@ -1,7 +1,7 @@
 # Copy to launch/site.sh and keep what your cluster needs; launch/slurm.sh reads it on the first node of each job.
 # Options of sbatch (partition, account, time) go on the command line or into SBATCH_ variables of your shell
 # (--mail-type=FAIL,REQUEUE tells of a job that has given up):
-#   export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=vision SBATCH_TIMELIMIT=24:00:00 SBATCH_GPUS_PER_NODE=8
+#   export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=vision SBATCH_TIMELIMIT=24:00:00 SBATCH_GPUS_PER_NODE=8 SBATCH_EXCLUSIVE=1
 
 # module load cuda/12.8                                   # what the ranks need; srun hands the environment on
 # export EVACLIP_PYTHON=/shared/evaclip/.venv/bin/python  # default: .venv in the repository, else python3

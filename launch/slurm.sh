@@ -6,7 +6,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --output=slurm-%j.txt
 #
-# Train on a cluster:   sbatch --nodes=16 --gpus-per-node=8 launch/slurm.sh CONFIG.yaml [section.key=value ...]
+# Train on a cluster:   sbatch --nodes=16 --gpus-per-node=8 --exclusive --mem=0 launch/slurm.sh CONFIG.yaml [section.key=value ...]
 # In an allocation:     launch/slurm.sh CONFIG.yaml ...
 # What it would do:     launch/slurm.sh --dry-run CONFIG.yaml ...
 #

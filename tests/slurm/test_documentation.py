@@ -19,7 +19,7 @@ BLOCKS: list[tuple[str, str]] = re.findall(r"(?:<!-- (when [a-z ]+) -->\n)?```ba
 ENDED = ("COMPLETED", "CANCELLED", "FAILED")
 REPLACED = {
     "python3 -m venv .venv && . .venv/bin/activate\npip install -e .\n": "",  # make has done that
-    "--nodes=16 --gpus-per-node=8": "--nodes=2 --ntasks-per-node=1",
+    "--nodes=16 --gpus-per-node=8 --exclusive": "--nodes=2 --ntasks-per-node=1",
 }
 
 
