@@ -31,8 +31,7 @@ def interpolate(first: str | Path, second: str | Path, share: float) -> Stored:
         raise WeightsError(f"--share {share:g} lies outside of the two models; give 0 for the first, 1 for the second")
     one, other = open_model(first), open_model(second)
     changed = differences(flatten(one.clip.config), flatten(other.clip.config))
-    if one.loss_config.name != other.loss_config.name:
-        changed["loss.name"] = one.loss_config.name, other.loss_config.name
+    changed |= differences(*({"loss.name": flatten(stored.loss_config)["name"]} for stored in (one, other)))
     if refused := {key: pair for key, pair in changed.items() if key not in _FREE}:
         found = [f"{first} and {second} are not models of one kind; what differs:", *lines(refused)]
         raise WeightsError("\n  ".join(found))
