@@ -126,13 +126,18 @@ def create_model(name_or_config: str | ModelConfig, *, seed: int = 0, device: to
     return Clip(_create_towers(config, seed=seed, device=device), LossConfig().logit_scale)
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> Clip:
+def load(path: str | Path, *, device: torch.device | str = "cpu", ema: bool = False) -> Clip:
     """The model of a run directory's newest intact checkpoint, of the checkpoint at ``path``, or of an export there.
+
+    Args:
+        path: Where it is.
+        device: Where it is to be.
+        ema: Take the averaged weights of a run with ``optim.ema_decay``.
 
     Raises:
         CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
         ConfigError: Its tokenizer needs a package that is not installed.
         WeightsError: The export is not whole, or holds an image tower alone.
     """
-    stored = open_model(path, device)
+    stored = open_model(path, device, ema=ema)
     return Clip(stored.clip, *stored.loss.similarity)

@@ -2,10 +2,10 @@
 
 ``step_00001000/`` holds ``meta.json`` (state, slot states, config, versions, the parts' checksums and its own),
 ``config.yaml``, a copy of the tokenizer's file if it is not CLIP's, and one safetensors file per rank. An entry of
-these is a run of one parameter's elements, ``weight/NAME@START``, ``exp_avg/...`` or ``exp_avg_sq/...``, in fp32: every
-rank writes what it owns, once (of what is frozen an equal share, without moments), and a reader puts together what it
-needs. This module knows the format, what is wrong with a checkpoint, which ones may go, and how to read one;
-``checkpoint_writer`` writes them behind the training.
+these is a run of one parameter's elements, ``weight/NAME@START``, ``exp_avg/...``, ``exp_avg_sq/...`` or, where weights
+are averaged, ``ema/...``, in fp32: every rank writes what it owns, once (of what is frozen an equal share, without
+moments), and a reader puts together what it needs. This module knows the format, what is wrong with a checkpoint,
+which ones may go, and how to read one; ``checkpoint_writer`` writes them behind the training.
 """
 
 # safetensors leaves parts of its interface untyped:
@@ -314,6 +314,11 @@ class CheckpointReader:
                 name, _, start = rest.rpartition("@")
                 self._runs.setdefault((kind, name), []).append((int(start), part, str(key)))
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether the run averaged its weights."""
+        return any(kind == "ema" for kind, _ in self._runs)
+
     def fill(self, entry: Entry) -> None:
         """Copy a run of elements out of whatever runs were saved.
 
@@ -346,24 +351,25 @@ class CheckpointReader:
         if wrong:
             raise CheckpointError("\n  ".join([f"{self.path} is of another model; use a new run_dir", *wrong[:5]]))
 
-    def load(self, name: str, parameter: Tensor) -> None:
-        """Set a whole parameter, on any device and in any dtype.
+    def load(self, name: str, parameter: Tensor, *, ema: bool = False) -> None:
+        """Set a whole parameter, on any device and in any dtype; see ``weight``.
 
         Raises:
             CheckpointError: Elements are missing.
         """
-        parameter.data.copy_(self.weight(name))
+        parameter.data.copy_(self.weight(name, ema=ema))
 
-    def weight(self, name: str) -> Tensor:
-        """A parameter, fp32.
+    def weight(self, name: str, *, ema: bool = False) -> Tensor:
+        """A parameter, fp32; with ``ema`` its average, which what is frozen has none of.
 
         Raises:
             CheckpointError: Elements are missing.
         """
         values = torch.empty(self.state.shapes[name], dtype=torch.float32)
-        self.fill(Entry("weight", name, 0, values.view(-1)))
+        kind = "ema" if ema and ("ema", name) in self._runs else "weight"
+        self.fill(Entry(kind, name, 0, values.view(-1)))
         return values
 
-    def weights(self) -> dict[str, Tensor]:
-        """All parameters by name, fp32."""
-        return {name: self.weight(name) for name in self.state.shapes}
+    def weights(self, *, ema: bool = False) -> dict[str, Tensor]:
+        """All parameters by name, fp32; see ``weight``."""
+        return {name: self.weight(name, ema=ema) for name in self.state.shapes}

@@ -156,6 +156,7 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "--output", metavar="DIR", help="write evaluation.json and predictions there; of a suite, table and plot"
     )
+    evaluate.add_argument("--ema", action="store_true", help="measure averaged weights (optim.ema_decay)")
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a model for other tools", parents=[shared])
@@ -169,6 +170,7 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
         "express the model; EVA's own code; our names in safetensors (default: %(default)s)",
     )
     export.add_argument("--wandb", action="store_true", help="log it as an artifact of the run's W&B run")
+    export.add_argument("--ema", action="store_true", help="take averaged weights (optim.ema_decay)")
     export.set_defaults(run=_export)
 
     between = commands.add_parser("interpolate", help="write the model between two others (WiSE-FT)", parents=[shared])
@@ -266,7 +268,7 @@ def _export(options: argparse.Namespace) -> None:
 
     if options.wandb:
         run_of(Path(options.checkpoint))  # refused before anything is written
-    for path in export(options.checkpoint, Path(options.out), options.format):
+    for path in export(options.checkpoint, Path(options.out), options.format, ema=options.ema):
         print(f"{path.stat().st_size:15,d}  {path}")
     print(usage(options.out, options.format))
     if options.wandb:
@@ -298,7 +300,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     suite = config_file.load(options.suite, section=SuiteConfig) if options.suite else None
     from evaclip.evaluation.command import evaluate_checkpoint, evaluate_suite  # noqa: PLC0415  as above
 
-    shared: dict[str, Any] = {key: getattr(options, key) for key in ("limit", "batch", "precision")}
+    shared: dict[str, Any] = {key: getattr(options, key) for key in ("limit", "batch", "precision", "ema")}
     shared["output"] = Path(options.output) if options.output else None
     if suite:
         evaluate_suite(Path(options.checkpoint), suite, **shared)

@@ -208,7 +208,7 @@ def _checkpoint_bytes(config: RunConfig) -> float:
         parameters = sum(p.numel() for p in CLIP(config.model).parameters())
     kept = config.checkpoint.keep_last + bool(config.checkpoint.keep_best)
     missing = max(0, kept - len(complete(Path(config.run_dir) / "checkpoints"))) + 1
-    return missing * _STATE_BYTES * parameters
+    return missing * (_STATE_BYTES + 4 * bool(config.optim.ema_decay)) * parameters
 
 
 def _differences(facts: Sequence[Facts]) -> Iterator[str]:

@@ -135,12 +135,7 @@ class Run:
         )
         entries: list[checkpoint.Entry] = []
         for piece in optimizer.pieces():
-            for kind, values in (
-                ("weight", piece.weight),
-                ("exp_avg", piece.exp_avg),
-                ("exp_avg_sq", piece.exp_avg_sq),
-            ):
-                entries.append(checkpoint.Entry(kind, piece.row.name, piece.start, values))
+            entries += [checkpoint.Entry(kind, piece.row.name, piece.start, t) for kind, t in piece.tensors.items()]
         entries += [checkpoint.Entry("weight", *piece) for piece in self.frozen]
         self.writer.save(state, entries, final=final)
 
@@ -284,8 +279,9 @@ def _load_state(reader: checkpoint.CheckpointReader, run: Run) -> None:
     """Fill masters and moments, whatever their layout, and take up where the run stood."""
     optimizer = run.engine.optimizer
     for piece in optimizer.local_pieces():
-        for kind, values in (("weight", piece.weight), ("exp_avg", piece.exp_avg), ("exp_avg_sq", piece.exp_avg_sq)):
-            reader.fill(checkpoint.Entry(kind, piece.row.name, piece.start, values))
+        for kind, values in piece.tensors.items():
+            saved = "weight" if kind == "ema" and not reader.has_ema else kind  # an average that begins here
+            reader.fill(checkpoint.Entry(saved, piece.row.name, piece.start, values))
     run.engine.refresh_weights()
     state = reader.state
     optimizer.updates.fill_(state.updates)

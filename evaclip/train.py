@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from evaclip.errors import (
     TrainingStoppedError,
     writing,
 )
-from evaclip.evaluation import evaluate, format_table, write_results
+from evaclip.evaluation import Result, evaluate, format_table, write_results
 from evaclip.heartbeat import beat
 from evaclip.history import History, append_rows, cut_rows
 from evaclip.memory import advice, is_out_of_memory
@@ -283,23 +283,14 @@ class Report:
             log.info("asked to stop: the evaluation at step %d is left out; evaclip evaluate does it", run.step)
 
     def _evaluate(self, run: Run, give_way: Callable[[], None]) -> None:
-        config = run.config
         with self.clock.paused():
             with agreed(run.ranks):
                 give_way()
-            results = list(
-                evaluate(
-                    run.engine.towers,
-                    run.loss.similarity,
-                    config.eval,
-                    config.model,
-                    run.ranks,
-                    workers=config.data.workers,
-                    index_dir=config.data.index_dir,
-                    max_image_pixels=config.data.max_image_pixels,
-                    between=give_way,
-                )
-            )
+            results = _measure(run, give_way)
+            if run.config.optim.ema_decay:
+                with _averaged(run):
+                    found = _measure(run, give_way)
+                results += [replace(result, name=f"{result.name}.ema") for result in found]
             self.evaluated = {name: value for result in results for name, value in result}
             with agreed(run.ranks), writing("evaluation results"):
                 if self.history:
@@ -324,6 +315,34 @@ class Report:
         if self.history and self.tracker and saved != self.committed:
             self.tracker.commit(self.history, saved or 0)
             self.committed = saved
+
+
+def _measure(run: Run, give_way: Callable[[], None]) -> list[Result]:
+    config = run.config
+    results = evaluate(
+        run.engine.towers,
+        run.loss.similarity,
+        config.eval,
+        config.model,
+        run.ranks,
+        workers=config.data.workers,
+        index_dir=config.data.index_dir,
+        max_image_pixels=config.data.max_image_pixels,
+        between=give_way,
+    )
+    return list(results)
+
+
+@contextmanager
+def _averaged(run: Run) -> Generator[None]:
+    """With the averaged weights in the place of the weights."""
+    run.engine.optimizer.swap_ema()
+    run.engine.refresh_weights()
+    try:
+        yield
+    finally:
+        run.engine.optimizer.swap_ema()
+        run.engine.refresh_weights()
 
 
 @contextmanager

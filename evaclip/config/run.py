@@ -56,6 +56,10 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices; vectors and position embeddings have none."""
     clip_norm: PositiveFloat | None = None
     """The gradient is scaled down to this global L2 norm; null does not clip."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights, which loses this share of itself at each update, at first
+    less (min(ema_decay, (1 + t) / (10 + t)) is kept); evaluated as NAME.ema and saved beside the weights; null: none.
+    """
     image: TowerOptimConfig = TowerOptimConfig()
     text: TowerOptimConfig = TowerOptimConfig()
 
@@ -420,7 +424,10 @@ def _freeze_problems(run: RunConfig) -> list[str]:
 
 def _best_problems(run: RunConfig, best: str) -> list[str]:
     """Why no checkpoint would ever hold a value of the metric ``best``."""
-    known = [f"eval/{name}/{value}" for name, entry in run.eval.datasets.items() for value in EVAL_METRICS[entry.task]]
+    sets = {name: entry.task for name, entry in run.eval.datasets.items()}
+    if run.optim.ema_decay:
+        sets |= {f"{name}.ema": task for name, task in sets.items()}
+    known = [f"eval/{name}/{value}" for name, task in sets.items() for value in EVAL_METRICS[task]]
     if best not in known:
         return [f"checkpoint.keep_best {best} is no metric of eval.datasets; there are {', '.join(known) or 'none'}"]
     saves, evaluations = run.checkpoint.every_steps, run.eval.every_steps

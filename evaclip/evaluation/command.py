@@ -38,7 +38,7 @@ class _Opened:
 
 
 @contextmanager
-def _opened(path: Path, *, batch: int | None, precision: str | None) -> Generator[_Opened]:
+def _opened(path: Path, *, batch: int | None, precision: str | None, ema: bool) -> Generator[_Opened]:
     """The model at ``path``, and the ranks that measure it."""
     with started(need_group=False) as ranks:
         with agreed(ranks):
@@ -48,7 +48,7 @@ def _opened(path: Path, *, batch: int | None, precision: str | None) -> Generato
         assert place is not None
         run = None if exported else CheckpointReader(place).config
         evaluation, data = (run.eval, run.data) if run else (EvalConfig(), DataConfig.model_construct())
-        clip = api.load(place, device=ranks.device)
+        clip = api.load(place, device=ranks.device, ema=ema)
         similarity = Similarity(clip.logit_scale, clip.logit_bias)
         bench = open_bench(
             PreparedTowers(clip.model, precision or (run.train.precision if run else "fp32"), ranks.device),
@@ -73,6 +73,7 @@ def evaluate_checkpoint(
     batch: int | None,
     precision: str | None,
     output: Path | None,
+    ema: bool = False,
 ) -> None:
     """Evaluate and print a table.
 
@@ -84,11 +85,12 @@ def evaluate_checkpoint(
         precision: bf16, fp16 or fp32; None: the run's (fp32 for bf16_weights, whose masters are loaded), and fp32 of an
             export.
         output: Where ``evaluation.json`` and predictions are written.
+        ema: Measure the averaged weights of the run.
 
     Raises:
         EvaclipError: With a message for the user.
     """
-    with _opened(path, batch=batch, precision=precision) as opened:
+    with _opened(path, batch=batch, precision=precision, ema=ema) as opened:
         chosen = opened.datasets if datasets is None else dict(datasets)
         if limit is not None:
             chosen = {name: dataset.model_copy(update={"limit": limit}) for name, dataset in chosen.items()}
@@ -103,7 +105,14 @@ def evaluate_checkpoint(
 
 
 def evaluate_suite(
-    path: Path, suite: SuiteConfig, *, limit: int | None, batch: int | None, precision: str | None, output: Path | None
+    path: Path,
+    suite: SuiteConfig,
+    *,
+    limit: int | None,
+    batch: int | None,
+    precision: str | None,
+    output: Path | None,
+    ema: bool = False,
 ) -> None:
     """Measure the sets of a suite, print a table, and write ``suite.json``, ``suite.md`` and ``suite.png``.
 
@@ -117,12 +126,13 @@ def evaluate_suite(
         batch: As of ``evaluate_checkpoint``.
         precision: As of ``evaluate_checkpoint``.
         output: Where the files are written, and those of ``evaluate_checkpoint``.
+        ema: As of ``evaluate_checkpoint``.
 
     Raises:
         DataError: Sets that are there could not be measured.
         EvaclipError: With a message for the user.
     """
-    with _opened(path, batch=batch, precision=precision) as opened:
+    with _opened(path, batch=batch, precision=precision, ema=ema) as opened:
         ranks, sets = opened.ranks, placed(suite, limit)
         missing: dict[str, str] = {}
         with agreed(ranks):

@@ -8,8 +8,8 @@ Communication: under ZeRO one all-reduce of a single number for the gradient nor
 squared norms of weight and update. Nothing else, and nothing waits for the device: a step with a non-finite gradient or
 loss is carried out and changes nothing, on every rank alike because the norm and the loss are the same on all.
 
-Memory: two moments per element, and a buffer of ``_BUFFER`` elements in which torch's fused Adam leaves the update of
-some slices at a time: on the CPU it stays in the cache.
+Memory: two moments per element, with ``ema_decay`` an averaged weight too, and a buffer of ``_BUFFER`` elements in
+which torch's fused Adam leaves the update of some slices at a time: on the CPU it stays in the cache.
 """
 
 # torch leaves parts of its interface untyped, and its fused Adam without a public name:
@@ -55,10 +55,13 @@ class Piece(NamedTuple):
 
     row: Row
     start: int
-    weight: Tensor
-    """fp32, flat."""
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    tensors: dict[str, Tensor]
+    """``weight``, ``exp_avg``, ``exp_avg_sq`` and, where weights are averaged, ``ema``; fp32, flat."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight's."""
+        return self.tensors["weight"]
 
 
 class _Bound(NamedTuple):
@@ -67,6 +70,7 @@ class _Bound(NamedTuple):
     tensor: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    ema: Tensor | None
     spans: tuple[Span, ...]
 
 
@@ -78,6 +82,7 @@ class Slice(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    ema: Tensor | None
 
 
 class TableOptimizer(torch.optim.Optimizer, ABC):
@@ -140,7 +145,8 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
         bound: list[_Bound] = []
         for tensor, spans in tensors:
             flat, device = tensor.detach().view(-1), tensor.device
-            bound.append(_Bound(tensor, torch.zeros_like(flat), torch.zeros_like(flat), tuple(spans)))
+            ema = flat.clone() if self.config.ema_decay else None
+            bound.append(_Bound(tensor, torch.zeros_like(flat), torch.zeros_like(flat), ema, tuple(spans)))
             if device.type not in self._buffers:
                 self._buffers[device.type] = torch.empty(_BUFFER[device.type], device=device)
         return bound
@@ -164,8 +170,20 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
 
     def _piece(self, bound: _Bound, span: Span) -> Piece:
         part = slice(span.offset, span.offset + span.size)
-        views = (tensor.detach().view(-1)[part] for tensor in (bound.tensor, bound.exp_avg, bound.exp_avg_sq))
-        return Piece(self.rows[span.row], span.start, *views)
+        kept = {"weight": bound.tensor, "exp_avg": bound.exp_avg, "exp_avg_sq": bound.exp_avg_sq, "ema": bound.ema}
+        views = {kind: tensor.detach().view(-1)[part] for kind, tensor in kept.items() if tensor is not None}
+        return Piece(self.rows[span.row], span.start, views)
+
+    @torch.no_grad()
+    def swap_ema(self) -> None:
+        """Exchange weights and averaged weights; the engine's ``refresh_weights`` has to follow."""
+        for bound in (*self._bound, *self._whole):
+            assert bound.ema is not None, "there is an average"
+            size = _BUFFER[bound.tensor.device.type]
+            for weight, ema in zip(bound.tensor.detach().view(-1).split(size), bound.ema.split(size), strict=True):
+                kept = weight.clone()
+                weight.copy_(ema)
+                ema.copy_(kept)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -196,8 +214,11 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
         self.trust_ratios = torch.where(finite, ratios[self._adapting], self.trust_ratios)
         # after a bad step 0: the update is weight decay alone then, a finite number
         rates = torch.where(finite, ratios * self._peak_rates * self.factor, 0.0)
-        self._subtract(slices, rates)
-        self._subtract(own, rates)
+        # 1 - min(decay, (1 + t) / (10 + t)), so that the first weights do not last
+        share = torch.clamp(9 / (10 + self.updates), min=1 - (self.config.ema_decay or 0.0))
+        share = torch.where(finite, share, 0.0).float()
+        self._subtract(slices, rates, share)
+        self._subtract(own, rates, share)
 
     def _slices(self, tensors: Sequence[_Bound]) -> list[Slice]:
         found: list[Slice] = []
@@ -209,7 +230,8 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
                 most = _BUFFER[bound.tensor.device.type]
                 for start in range(span.offset, span.offset + span.size, most):
                     part = slice(start, min(start + most, span.offset + span.size))
-                    found.append(Slice(span.row, *(tensor[part] for tensor in flat)))
+                    ema = None if bound.ema is None else bound.ema[part]
+                    found.append(Slice(span.row, *(tensor[part] for tensor in flat), ema))
         return found
 
     def _adam_updates(self, slices: Sequence[Slice], finite: Tensor, grad_scale: Tensor) -> Tensor:
@@ -259,15 +281,17 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
             self._indices[rows] = torch.tensor(rows, device=self.loss.device)
         return self._indices[rows]
 
-    def _subtract(self, slices: Sequence[Slice], rates: Tensor) -> None:
-        """Take a step along the updates that ``_adam_updates`` left."""
+    def _subtract(self, slices: Sequence[Slice], rates: Tensor, share: Tensor) -> None:
+        """Take a step along the updates that ``_adam_updates`` left, and a ``share`` of the result into the average."""
         if not slices:
             return
-        own_rates = rates.to(slices[0].weight.device).unbind()
+        own_rates, share = rates.to(slices[0].weight.device).unbind(), share.to(slices[0].weight.device)
         for s in slices:
             s.weight.sub_(s.grad.mul_(own_rates[s.row]))
             if self.rows[s.row].upper_bound != float("inf"):
                 s.weight.clamp_(max=self.rows[s.row].upper_bound)
+            if s.ema is not None:
+                s.ema.lerp_(s.weight, share)
 
     @abstractmethod
     def _ratios(self, weight: Tensor, update: Tensor) -> Tensor:

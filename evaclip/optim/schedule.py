@@ -28,14 +28,14 @@ class Schedule(NamedTuple):
         return cls(config.train.steps, *lengths, schedule.shape, schedule.final_fraction)
 
     def factor(self, step: int) -> float:
-        """Share of the peak learning rate at ``step`` (from 0).
+        """Share of the peak learning rate at ``step`` (from 0); behind the end that of the last step.
 
         The first step of a warm-up takes 1 / warmup_steps. The last step of the run takes ``final_fraction`` where the
         rate falls to it: after a cosine, and after a cooldown, which starts where the shape has come to.
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        begin = self.steps - self.cooldown_steps
+        step, begin = min(step, self.steps - 1), self.steps - self.cooldown_steps
         if step < begin:
             return self._shaped(step)
         start = self._shaped(begin - 1)
@@ -48,7 +48,7 @@ class Schedule(NamedTuple):
         if self.shape == "inverse_sqrt":  # arXiv:1706.03762, section 5.3
             return math.sqrt(self.warmup_steps / max(step + 1, self.warmup_steps))
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def learning_rates(optim: OptimConfig, factor: float) -> dict[str, float]:

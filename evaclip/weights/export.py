@@ -60,10 +60,10 @@ class _Content(NamedTuple):
     """Name -> text of what lies beside the weights."""
 
 
-def export(source: str | Path, out: Path, kind: ExportFormat) -> list[Path]:
+def export(source: str | Path, out: Path, kind: ExportFormat, *, ema: bool = False) -> list[Path]:
     """Write the model of a run, a checkpoint or another export for another tool: ``open_model`` and ``write``."""
     _require_free(out)
-    return write(open_model(source), out, kind)
+    return write(open_model(source, ema=ema), out, kind)
 
 
 def write(stored: Stored, out: Path, kind: ExportFormat) -> list[Path]:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from evaclip.checkpoint import CheckpointReader, find_checkpoint
 from evaclip.config import InitConfig, Loss, LossConfig
-from evaclip.errors import WeightsError
+from evaclip.errors import CheckpointError, WeightsError
 from evaclip.loss import ContrastiveLoss
 from evaclip.models.clip import CLIP, empty_model
 from evaclip.weights.load import initialise_from
@@ -28,23 +28,33 @@ class Stored(NamedTuple):
     """Step, samples and versions of the run."""
 
 
-def open_model(path: str | Path, device: torch.device | str = "cpu") -> Stored:
+def open_model(path: str | Path, device: torch.device | str = "cpu", *, ema: bool = False) -> Stored:
     """The model of a run directory's newest intact checkpoint, of a checkpoint, or of an export.
 
+    Args:
+        path: Where it is.
+        device: Where it is to be.
+        ema: Take the averaged weights of a run.
+
     Raises:
-        CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
+        CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration, or it has no
+            averaged ones.
         WeightsError: The export is not whole, or holds an image tower alone.
     """
     path = Path(path)
     if (path / ABOUT).is_file():
+        if ema:
+            raise WeightsError(f"{path} is an export, which has one set of weights; take its run")
         return _open_export(path, device)
     checkpoint = CheckpointReader(find_checkpoint(path))
+    if ema and not checkpoint.has_ema:
+        raise CheckpointError(f"{checkpoint.path} has no averaged weights; its run had no optim.ema_decay")
     clip = empty_model(checkpoint.config.model, device)
     loss = ContrastiveLoss(checkpoint.config.loss, torch.device("cpu"))
     parameters = dict(chain(clip.named_parameters(), loss.named_parameters()))
     checkpoint.require_shapes({name: list(parameter.shape) for name, parameter in parameters.items()})
     for name, parameter in parameters.items():
-        checkpoint.load(name, parameter)
+        checkpoint.load(name, parameter, ema=ema)
     state = checkpoint.state
     origin = {"step": state.step, "samples": state.samples, "versions": state.versions}
     return Stored(clip, loss, checkpoint.config.loss, origin)

@@ -423,7 +423,7 @@ class _Untrustworthy(Ranks):
 def _bits(optimizer: Any) -> list[torch.Tensor]:
     """Weights and moments of this rank as integers."""
     pieces = list(optimizer.local_pieces())
-    return [t.clone().view(torch.int32) for p in pieces for t in (p.weight, p.exp_avg, p.exp_avg_sq)]
+    return [t.clone().view(torch.int32) for p in pieces for t in p.tensors.values()]
 
 
 def masters(ranks: Ranks, folder: Path, *, options: dict[str, Any]) -> bool:

@@ -36,6 +36,12 @@ def test_inverse_square_root_falls_from_the_warm_ups_end_and_cools_down_from_whe
     assert factors[-2:] == pytest.approx([0.25, 0.0])
 
 
+@pytest.mark.parametrize(("shape", "cooldown_steps"), [("cosine", 0), ("constant", 0), ("constant", 3)])
+def test_behind_its_end_the_rate_is_that_of_the_last_step(shape, cooldown_steps):
+    schedule = Schedule(10, 2, cooldown_steps, shape, 0.1)
+    assert schedule.factor(10) == schedule.factor(25) == schedule.factor(9)
+
+
 @pytest.mark.parametrize("shape", ["constant", "inverse_sqrt"])
 def test_a_longer_run_repeats_a_shorter_one_up_to_its_cooldown(shape):
     short, long = (curve(steps=n, warmup_steps=3, cooldown_steps=5, shape=shape) for n in (20, 40))
