@@ -40,6 +40,7 @@ setup(
         "remote": ["fsspec[http,s3,gs]>=2024.5"],
         "eval": ["scikit-learn>=1.4"],
         "plot": ["matplotlib>=3.8"],
+        "features": ["pyarrow>=15"],
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8"],
         "dev": [
             "fsspec[http]>=2024.5",
@@ -51,6 +52,7 @@ setup(
             "clip-benchmark>=1.6",
             "scikit-learn>=1.4",
             "matplotlib>=3.8",
+            "pyarrow>=15",
             "ruff==0.17.5",
             "pyright==1.1.414",
             "beartype>=0.20",

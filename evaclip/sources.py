@@ -12,7 +12,7 @@ from typing import NamedTuple
 import xxhash
 from tqdm import tqdm
 
-from evaclip.config import IMAGE_KEYS, DataConfig, RunConfig, ShardSource
+from evaclip.config import IMAGE_KEYS, RunConfig, ShardSource
 from evaclip.data.index import ensure_index
 from evaclip.data.readers import OpenedSource, ShardReader, SyntheticReader
 from evaclip.data.shards import ShardSet, missing_files, require_files
@@ -56,8 +56,8 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
             reader = SyntheticReader(size, config.model.text.context_length)
             opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
             continue
-        paths = _expand(source.shards, ranks)
-        facts = _count(name, paths, config.data, ranks)
+        paths = expand_shards(source.shards, ranks)
+        facts = count_shards(name, paths, config.data.index_dir, ranks)
         _require_little_damage(name, paths, facts, config.data.max_bad_fraction)
         _require_members(name, source, facts)
         cache = Cache(Path(config.data.cache_dir), config.data.cache_gib << 30) if config.data.cache_dir else None
@@ -70,8 +70,12 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
     return opened
 
 
-def _expand(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
-    """The shards that a pattern names; each rank looks for those it counts, before any of them is read."""
+def expand_shards(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
+    """The shards that a pattern names; each rank looks for those it counts, before any of them is read.
+
+    Raises:
+        DataError: As ``data.shards.expand``.
+    """
     with agreed(ranks):
         paths = expand_names(pattern)
         missing = ranks.gather_objects(missing_files(paths[ranks.rank :: ranks.world_size]))
@@ -79,14 +83,19 @@ def _expand(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
     return paths
 
 
-def _count(name: str, paths: Sequence[str], data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
+def count_shards(name: str, paths: Sequence[str], index_dir: str | None, ranks: Ranks) -> list[ShardFacts]:
+    """What every rank must know of each shard; missing indexes are built in parallel over the ranks.
+
+    Raises:
+        DataError: A shard cannot be read, or an index not saved.
+    """
     mine = paths[ranks.rank :: ranks.world_size]
     quiet = not (ranks.is_main and sys.stderr.isatty())
     facts: list[ShardFacts] = []
     with agreed(ranks):
         for path in tqdm(mine, f"indexing {name}", disable=quiet, leave=False):
             beat("start")
-            index = ensure_index(path, data.index_dir)
+            index = ensure_index(path, index_dir)
             facts.append(
                 ShardFacts(index.num_records, index.digest, index.extensions, index.lost_records, index.damage)
             )

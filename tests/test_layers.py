@@ -39,6 +39,7 @@ LAYERS = [
     {
         "alerts",
         "changes",
+        "features",
         "checkpoint",
         "checkpoint_writer",
         "lock",
@@ -60,6 +61,7 @@ LAYERS = [
         "listing",
         "status",
         "plot",
+        "embed",
         "cli",
         "__main__",
     },
@@ -70,6 +72,7 @@ ONLY_IN = {
     "psutil": {"node_meter"},
     "webdataset": {"data.tar"},
     "fsspec": {"data.storage"},
+    "pyarrow": {"features"},
     "flash_attn": {"models.attention"},
 }
 

@@ -31,7 +31,20 @@ class EvalRecord(NamedTuple):
     """A record and the words that lead to it."""
 
     where: str
+    key: str
     members: Mapping[str, bytes]
+
+
+class UnusableRecordError(DataError):
+    """A record that lacks something, or whose image or text cannot be read; a function of its bytes.
+
+    Attributes:
+        reason: The kind of fault, as training counts it.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Records:
         shard = bisect.bisect_right(self.ends, number)
         start = self.ends[shard - 1] if shard else 0
         key, members = self.shards.read(shard, number - start)
-        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", members)
+        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", key, members)
 
 
 def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> Records:
@@ -113,16 +126,18 @@ def image_of(record: EvalRecord, config: ImageConfig, max_pixels: int) -> UInt8[
     """The image, decoded in full and cropped as the model wants it.
 
     Raises:
-        DataError: There is no image, or it cannot be decoded.
+        UnusableRecordError: There is no image, or it cannot be decoded.
     """
     data = next((record.members[key] for key in IMAGE_KEYS if key in record.members), None)
     if data is None:
-        raise DataError(f"{record.where} has no image ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}")
+        found = f"{record.where} has no image ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}"
+        raise UnusableRecordError(found, "no_image")
     try:
         return eval_crop(load_eval(data, max_pixels=max_pixels), config.image_size, config.resize)
     except BadImageError as error:
-        raise DataError(
-            f"{record.where}: the image is unusable ({error}); repair or remove it, evaluation skips nothing"
+        raise UnusableRecordError(
+            f"{record.where}: the image is unusable ({error}); repair or remove it, evaluation skips nothing",
+            error.reason,
         ) from error
 
 

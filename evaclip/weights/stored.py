@@ -28,6 +28,16 @@ class Stored(NamedTuple):
     """Step, samples and versions of the run."""
 
 
+def find_model(path: str | Path) -> Path:
+    """The export at ``path``, or the checkpoint that is meant by it.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    path = Path(path)
+    return path if (path / ABOUT).is_file() else find_checkpoint(path)
+
+
 def open_model(path: str | Path, device: torch.device | str = "cpu") -> Stored:
     """The model of a run directory's newest intact checkpoint, of a checkpoint, or of an export.
 
@@ -35,10 +45,10 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> Stored:
         CheckpointError: There is no intact checkpoint, or its weights are not those of its configuration.
         WeightsError: The export is not whole, or holds an image tower alone.
     """
-    path = Path(path)
+    path = find_model(path)
     if (path / ABOUT).is_file():
         return _open_export(path, device)
-    checkpoint = CheckpointReader(find_checkpoint(path))
+    checkpoint = CheckpointReader(path)
     clip = empty_model(checkpoint.config.model, device)
     loss = ContrastiveLoss(checkpoint.config.loss, torch.device("cpu"))
     parameters = dict(chain(clip.named_parameters(), loss.named_parameters()))
