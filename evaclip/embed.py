@@ -213,7 +213,8 @@ def _reason(error: DataError) -> str:
 def _write(features: Features, number: int, encoded: Sequence[_Encoded], skipped: list[Skipped]) -> None:
     """In the writing thread, so that waiting for the device and for the disk holds up no forward pass."""
     about = features.about
-    nothing = _Encoded([], *(torch.empty(0, about.embed_dim, dtype=torch.float16),) * 2, torch.empty(0))
+    none = torch.empty(0, about.embed_dim, dtype=torch.float16)
+    nothing = _Encoded([], none, none, torch.empty(0))
     _, *columns = zip(*(encoded or [nothing]), strict=True)
     image, text, similarity = (torch.cat(column).cpu().numpy() for column in columns)
     if not np.isfinite(similarity).all():

@@ -81,9 +81,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--min-similarity {arguments.min_similarity} is no cosine: -1 to 1")
     try:
         keys, similarity = read(arguments.features)
-        least = arguments.min_similarity
-        if least is None:
-            least = threshold(similarity, arguments.top_fraction)
+        least, fraction = arguments.min_similarity, arguments.top_fraction
+        if fraction is not None:
+            least = threshold(similarity, fraction)
         chosen = np.flatnonzero(similarity >= np.float32(least))
         write_lines(arguments.output, (keys[number] for number in chosen))
     except EvaclipError as error:
