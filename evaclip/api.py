@@ -21,6 +21,7 @@ from evaclip.data.images import eval_crop
 from evaclip.errors import ConfigError
 from evaclip.models.clip import CLIP
 from evaclip.models.clip import create_model as _create_towers
+from evaclip.models.tokens import TextTokens, image_tokens, text_tokens
 from evaclip.weights.stored import open_model
 
 
@@ -83,13 +84,7 @@ class Clip:
         Raises:
             ValueError: Another shape, or integers that are not uint8.
         """
-        size = self.config.image.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"images have shape {list(images.shape)}, not [batch, 3, {size}, {size}]; "
-                "stack what preprocess returns: torch.stack([clip.preprocess(image), ...])"
-            )
-        return self.model.encode_image(images.to(self.device), normalize=normalize)
+        return self.model.encode_image(self._images(images), normalize=normalize)
 
     def encode_text(self, tokens: PackedText, *, normalize: bool = False) -> Float[Tensor, "texts dim"]:
         """Features of texts, in their order. Gradients flow; wrap in ``torch.no_grad()`` where none are wanted.
@@ -101,9 +96,55 @@ class Clip:
         Raises:
             TypeError: Something else than ``tokenize`` returns.
         """
+        return self.model.encode_text(self._text(tokens), normalize=normalize)
+
+    def image_tokens(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | UInt8[Tensor, "batch 3 height width"],
+        layer: int = -2,
+        *,
+        prefix_tokens: bool = False,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Features of patches, row by row, behind a block; before the tower's last norm, as timm and transformers do.
+
+        Args:
+            images: As for ``encode_image``.
+            layer: 0 is the first block, -1 the last. transformers' ``hidden_states[-2]`` is -2 here as well; from the
+                front it counts one more, since its 0 is what goes into the first block.
+            prefix_tokens: Also what stands before the patches: the class token, and the registers of some of timm's.
+
+        Raises:
+            ConfigError: The image tower is timm's, and has no ``forward_intermediates``.
+            ValueError: There is no such layer, another shape, or integers that are not uint8.
+        """
+        return image_tokens(self.model.image, self._images(images), layer, prefix_tokens=prefix_tokens)
+
+    def text_tokens(self, tokens: PackedText, layer: int = -2) -> TextTokens:
+        """Features of the tokens of texts behind a block, before the tower's last norm, and where there are tokens.
+
+        Args:
+            tokens: What ``tokenize`` returns.
+            layer: As for ``image_tokens``.
+
+        Raises:
+            TypeError: Something else than ``tokenize`` returns.
+            ValueError: There is no such layer.
+        """
+        return text_tokens(self.model.text, self._text(tokens), layer)
+
+    def _images(self, images: Tensor) -> Tensor:
+        size = self.config.image.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images have shape {list(images.shape)}, not [batch, 3, {size}, {size}]; "
+                "stack what preprocess returns: torch.stack([clip.preprocess(image), ...])"
+            )
+        return images.to(self.device)
+
+    def _text(self, tokens: PackedText) -> PackedText:
         if not isinstance(tokens, PackedText):
-            raise TypeError(f"encode_text takes what clip.tokenize(texts) returns, not {type(tokens).__name__}")
-        return self.model.encode_text(tokens.to(self.device), normalize=normalize)
+            raise TypeError(f"the text tower takes what clip.tokenize(texts) returns, not {type(tokens).__name__}")
+        return tokens.to(self.device)
 
 
 def create_model(name_or_config: str | ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> Clip:

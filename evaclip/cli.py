@@ -1,4 +1,4 @@
-"""The command line: ``evaclip train | launch | preflight | status | plot | evaluate | export | config | models``."""
+"""Commands: ``evaclip train | launch | preflight | status | plot | evaluate | embed | export | config | models``."""
 
 from __future__ import annotations
 
@@ -159,6 +159,22 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--ema", action="store_true", help="measure averaged weights (optim.ema_decay)")
     evaluate.set_defaults(run=_evaluate)
 
+    embed = commands.add_parser(
+        "embed", help="image and text features of whole shard sets, as clip-retrieval reads them", parents=[shared]
+    )
+    embed.add_argument("model", metavar="MODEL", type=Path, help="run directory, checkpoint, or an export")
+    embed.add_argument("shards", metavar="SHARDS", nargs="+", help="tars, with brace ranges such as {00000..00099}.tar")
+    embed.add_argument(
+        "out", metavar="OUT", type=Path, help="folder of the features; the same command adds what is missing there"
+    )
+    embed.add_argument("--batch", type=_positive, default=256, help="per rank and forward pass (default: %(default)s)")
+    embed.add_argument(
+        "--workers", type=_positive, default=4, help="processes per rank that read and decode (default: %(default)s)"
+    )
+    embed.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without one")
+    embed.add_argument("--index-dir", metavar="DIR", help="as data.index_dir (default: indexes lie beside the shards)")
+    embed.set_defaults(run=_embed)
+
     export = commands.add_parser("export", help="write a model for other tools", parents=[shared])
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, checkpoint, or an export")
     export.add_argument("out", metavar="OUT", help="folder to be made")
@@ -306,6 +322,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         evaluate_suite(Path(options.checkpoint), suite, **shared)
     else:
         evaluate_checkpoint(Path(options.checkpoint), datasets, **shared)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from evaclip.embed import embed  # noqa: PLC0415  as above
+
+    embed(
+        options.model,
+        options.shards,
+        options.out,
+        batch=options.batch,
+        workers=options.workers,
+        precision=options.precision,
+        index_dir=options.index_dir,
+    )
 
 
 def _datasets(options: argparse.Namespace) -> dict[str, Any]:

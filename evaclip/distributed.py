@@ -100,6 +100,9 @@ def agreed(ranks: Ranks) -> Generator[None]:
     Raises:
         EvaclipError: The body raised one on some rank; kind and message are those of the first such rank.
     """
+    if ranks.world_size == 1:  # nothing to agree on, and no reason to wait for the device
+        yield
+        return
     own: EvaclipError | None = None
     try:
         yield

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import xxhash
 from tqdm import tqdm
 
-from evaclip.config import CLIP_VOCABULARY, IMAGE_KEYS, DataConfig, RunConfig, ShardSource
+from evaclip.config import CLIP_VOCABULARY, IMAGE_KEYS, RunConfig, ShardSource
 from evaclip.data.file_tokenizer import tokenizer_of
 from evaclip.data.filters import RecordFilter
 from evaclip.data.index import ensure_index
@@ -63,8 +63,8 @@ def open_sources(config: RunConfig, ranks: Ranks) -> dict[str, OpenedSource]:
             opened[name] = OpenedSource(reader, (source.num_records,), f"synthetic-{source.num_records}")
             continue
         conditions = _open_filter(name, source, ranks)
-        paths = _expand(source.shards, ranks)
-        facts = _count(name, paths, config.data, ranks)
+        paths = expand_shards(source.shards, ranks)
+        facts = count_shards(name, paths, config.data.index_dir, ranks)
         _require_little_damage(name, paths, facts, config.data.max_bad_fraction)
         _require_members(name, source, facts)
         cache = Cache(Path(config.data.cache_dir), config.data.cache_gib << 30) if config.data.cache_dir else None
@@ -95,8 +95,12 @@ def _open_filter(name: str, source: ShardSource, ranks: Ranks) -> RecordFilter |
     return conditions
 
 
-def _expand(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
-    """The shards that a pattern names; each rank looks for those it counts, before any of them is read."""
+def expand_shards(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
+    """The shards that a pattern names; each rank looks for those it counts, before any of them is read.
+
+    Raises:
+        DataError: As ``data.shards.expand``.
+    """
     with agreed(ranks):
         paths = expand_names(pattern)
         missing = ranks.gather_objects(missing_files(paths[ranks.rank :: ranks.world_size]))
@@ -104,14 +108,19 @@ def _expand(pattern: str | Sequence[str], ranks: Ranks) -> list[str]:
     return paths
 
 
-def _count(name: str, paths: Sequence[str], data: DataConfig, ranks: Ranks) -> list[ShardFacts]:
+def count_shards(name: str, paths: Sequence[str], index_dir: str | None, ranks: Ranks) -> list[ShardFacts]:
+    """What every rank must know of each shard; missing indexes are built in parallel over the ranks.
+
+    Raises:
+        DataError: A shard cannot be read, or an index not saved.
+    """
     mine = paths[ranks.rank :: ranks.world_size]
     quiet = not (ranks.is_main and sys.stderr.isatty())
     facts: list[ShardFacts] = []
     with agreed(ranks):
         for path in tqdm(mine, f"indexing {name}", disable=quiet, leave=False):
             beat("start")
-            index = ensure_index(path, data.index_dir)
+            index = ensure_index(path, index_dir)
             facts.append(
                 ShardFacts(index.num_records, index.digest, index.extensions, index.lost_records, index.damage)
             )

@@ -40,6 +40,7 @@ LAYERS = [
     {
         "alerts",
         "changes",
+        "features",
         "checkpoint",
         "checkpoint_writer",
         "preemption",
@@ -60,6 +61,7 @@ LAYERS = [
         "listing",
         "status",
         "plot",
+        "embed",
         "cli",
         "__main__",
     },
@@ -71,6 +73,7 @@ ONLY_IN = {
     "webdataset": {"data.tar"},
     "fsspec": {"data.storage"},
     "tokenizers": {"data.file_tokenizer"},
+    "pyarrow": {"features"},
     "flash_attn": {"models.attention"},
 }
 

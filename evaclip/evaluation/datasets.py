@@ -29,8 +29,20 @@ from evaclip.evaluation.image_folder import EvalRecord, ImageFolder, choose_fram
 # ------------------------------------------------------------------------------------------------------------ records
 
 
+class UnusableRecordError(DataError):
+    """A record that lacks something, or whose image or text cannot be read; a function of its bytes.
+
+    Attributes:
+        reason: The kind of fault, as training counts it.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
-class _Shards:
+class ShardRecords:
     """Records of some shards, by number."""
 
     shards: ShardSet
@@ -41,17 +53,18 @@ class _Shards:
         return self.ends[-1]
 
     def read(self, number: int) -> EvalRecord:
+        """See ``Records.read``."""
         shard = bisect.bisect_right(self.ends, number)
         start = self.ends[shard - 1] if shard else 0
         key, members = self.shards.read(shard, number - start)
-        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", members)
+        return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", key, members)
 
 
 @dataclass(frozen=True)
 class Records:
     """The first ``count`` records of a set, by number."""
 
-    source: _Shards | ImageFolder
+    source: ShardRecords | ImageFolder
     count: int
     dataset: EvalDataset
     """Says how their images are to be looked at."""
@@ -109,7 +122,7 @@ def _open_shards(dataset: EvalDataset, index_dir: str | None, ranks: Ranks, *, f
     counts, digests = zip(
         *(gathered[i % ranks.world_size][i // ranks.world_size] for i in range(len(paths))), strict=True
     )
-    return _Shards(ShardSet(paths, index_dir, digests), tuple(accumulate(counts)))
+    return ShardRecords(ShardSet(paths, index_dir, digests), tuple(accumulate(counts)))
 
 
 def _folder_shards(root: Path, split: str) -> list[str]:
@@ -139,7 +152,7 @@ def image_of(
     """The image, or so many frames as the set asks for, decoded in full and cropped as set and model want it.
 
     Raises:
-        DataError: There is no image, or it cannot be decoded.
+        UnusableRecordError: There is no image, or it cannot be decoded.
     """
     if dataset.frames is None:
         images = [record.members[key] for key in IMAGE_KEYS if key in record.members][:1]
@@ -150,13 +163,15 @@ def image_of(
         images = choose_frames(frames, dataset.frames) if frames else []
     if not images:
         kind = "image" if dataset.frames is None else "numbered frames"
-        raise DataError(f"{record.where} has no {kind} ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}")
+        found = f"{record.where} has no {kind} ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}"
+        raise UnusableRecordError(found, "no_image")
     resize = dataset.resize or config.resize
     try:
         squares = [eval_crop(load_eval(data, max_pixels=max_pixels), config.image_size, resize) for data in images]
     except BadImageError as error:
-        raise DataError(
-            f"{record.where}: the image is unusable ({error}); repair or remove it, evaluation skips nothing"
+        raise UnusableRecordError(
+            f"{record.where}: the image is unusable ({error}); repair or remove it, evaluation skips nothing",
+            error.reason,
         ) from error
     return torch.stack(squares)
 

@@ -76,15 +76,10 @@ class _Parsed(Dataset[Any]):
             return error
 
 
-def _collate(items: Sequence[tuple[Tensor, Any] | DataError]) -> tuple[Tensor, list[Any]] | DataError:
-    images: list[Tensor] = []
-    values: list[Any] = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        images.append(item[0])
-        values.append(item[1])
-    return torch.stack(images), values
+def _collate(items: Sequence[tuple[Tensor, Any] | DataError]) -> tuple[Tensor, list[Any]]:
+    images = [item[0] for item in items if not isinstance(item, DataError)]
+    values = [item if isinstance(item, DataError) else item[1] for item in items]
+    return torch.stack(images) if images else torch.empty(0), values
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -124,36 +119,59 @@ class Bench:
         """
         mine = share(len(records), self.ranks)
         size = max(1, self.batch // (records.dataset.frames or 1))
-        batches = loader(
+        for images, values in self.batches(records, parse, list(in_batches(mine, size))):
+            read: list[T] = []
+            with agreed(self.ranks):
+                self.between()
+                for value in values:
+                    if isinstance(value, DataError):
+                        raise value
+                    read.append(value)
+            beat("evaluation")
+            yield self.encode_images(images), read
+
+    def batches(
+        self, records: Records, parse: Callable[[EvalRecord], T], numbers: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[UInt8[Tensor, "readable frames 3 height width"], list[T | DataError]]]:
+        """Batches of records, read and decoded ahead by the workers; nothing is communicated.
+
+        Args:
+            records: What is read.
+            parse: Makes a value of each; one that raises a ``DataError`` becomes that error.
+            numbers: Of the records of each batch.
+
+        Yields:
+            The images of the records without error, and a value or an error per record.
+        """
+        yield from loader(
             _Parsed(records, self.model.image, self.max_image_pixels, parse),
-            workers=min(self.workers, -(-len(mine) // size)),
-            batch_size=size,
-            sampler=mine,
+            workers=min(self.workers, len(numbers)),
+            batch_sampler=numbers,
             collate_fn=_collate,
             pin_memory=self.ranks.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the training's
         )
-        for loaded in batches:
-            with agreed(self.ranks):
-                self.between()
-                if isinstance(loaded, DataError):
-                    raise loaded
-            beat("evaluation")
-            images, values = loaded  # records frames 3 height width
-            frames = images.flatten(0, 1).to(self.ranks.device, non_blocking=True)
-            # Not inference_mode: what an engine gathers or a module keeps here must stay usable in training.
-            with torch.no_grad():
-                features = self.encoder.encode_image(frames, normalize=True).float()
-            if images.shape[1] > 1:
-                features = F.normalize(features.unflatten(0, images.shape[:2]).mean(1), dim=-1)
-            yield features, values
+
+    def encode_images(self, images: UInt8[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Normalised fp32 features of images, of a video's frames the normalised mean."""
+        frames = images.flatten(0, 1).to(self.ranks.device, non_blocking=True)
+        # Not inference_mode: what an engine gathers or a module keeps here must stay usable in training.
+        with torch.no_grad():
+            features = self.encoder.encode_image(frames, normalize=True).float()
+        if images.shape[1] > 1:
+            features = F.normalize(features.unflatten(0, images.shape[:2]).mean(1), dim=-1)
+        return features
+
+    def encode_texts(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "texts dim"]:
+        """Normalised fp32 features of tokenized texts."""
+        packed = PackedText.pack(ids).to(self.ranks.device)
+        with torch.no_grad():
+            return self.encoder.encode_text(packed, normalize=True).float()
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
-        """Normalised fp32 features of texts; every rank must give equally many."""
+        """Normalised fp32 features of texts, ``batch`` at a time; every rank must give equally many."""
         features: list[Tensor] = []
         for part in in_batches(texts, self.batch):
             beat("evaluation")
-            packed = PackedText.pack(self.tokenizer(list(part))).to(self.ranks.device)
-            with torch.no_grad():
-                features.append(self.encoder.encode_text(packed, normalize=True).float())
+            features.append(self.encode_texts(self.tokenizer(part)))
         return torch.cat(features)

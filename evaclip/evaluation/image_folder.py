@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,8 @@ class EvalRecord(NamedTuple):
     """A record and the words that lead to it."""
 
     where: str
-    members: dict[str, bytes]
+    key: str
+    members: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ImageFolder:
             except OSError as error:
                 raise DataError(f"{file} cannot be read: {error.strerror}; restore it") from None
         where = self.root / paths[0]
-        return EvalRecord(str(where.parent if self.videos else where), members)
+        return EvalRecord(str(where.parent if self.videos else where), paths[0], members)
 
 
 def find_images(root: Path, split: str, frames: int | None) -> ImageFolder | None:

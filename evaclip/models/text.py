@@ -49,16 +49,20 @@ class TextTower(nn.Module):
         Raises:
             ValueError: A caption is longer than the context.
         """
+        x = self.embed(text)
+        for block in self.blocks:
+            x = block(x, text)
+        last = text.cu_seqlens[1 : 1 + text.num_captions] - 1
+        return (self.norm(x[last]) @ self.projection)[text.restore]
+
+    def embed(self, text: PackedText) -> Float[Tensor, "tokens width"]:
+        """Tokens with their positions; raises as ``forward``."""
         if text.max_length > self.config.context_length:
             raise ValueError(
                 f"a caption has {text.max_length} tokens, more than the context of {self.config.context_length}; "
                 "cut it with a tokenizer of that context length"
             )
-        x = self.token_embedding(text.ids) + F.embedding(text.positions, self.position_embedding)
-        for block in self.blocks:
-            x = block(x, text)
-        last = text.cu_seqlens[1 : 1 + text.num_captions] - 1
-        return (self.norm(x[last]) @ self.projection)[text.restore]
+        return self.token_embedding(text.ids) + F.embedding(text.positions, self.position_embedding)
 
 
 class TextBlock(nn.Module):

@@ -88,9 +88,6 @@ class TimmTower(nn.Module):
             ValueError: Images of another size or dtype than the tower takes.
         """
         require_images(images, self.config.image_size)
-        if images.dtype == torch.uint8:
-            gain, shift = self.pixels.value
-            images = torch.addcmul(shift, images.float(), gain)
         draw = None
         if seeds is not None:
             paths = (
@@ -98,8 +95,15 @@ class TimmTower(nn.Module):
             )
             draw = Draw(seeds, paths)
         with self.drawing.of(draw):
-            features = self.trunk(images.to(next(self.trunk.parameters()).dtype))
+            features = self.trunk(self.normalised(images))
         return self.head(features)
+
+    def normalised(self, images: Shaped[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """Images as the trunk takes them: normalised where they are pixels, in the dtype of its weights."""
+        if images.dtype == torch.uint8:
+            gain, shift = self.pixels.value
+            images = torch.addcmul(shift, images.float(), gain)
+        return images.to(next(self.trunk.parameters()).dtype)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

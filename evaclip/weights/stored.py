@@ -28,6 +28,16 @@ class Stored(NamedTuple):
     """Step, samples and versions of the run."""
 
 
+def find_model(path: str | Path) -> Path:
+    """The export at ``path``, or the checkpoint that is meant by it.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    path = Path(path)
+    return path if (path / ABOUT).is_file() else find_checkpoint(path)
+
+
 def open_model(path: str | Path, device: torch.device | str = "cpu", *, ema: bool = False) -> Stored:
     """The model of a run directory's newest intact checkpoint, of a checkpoint, or of an export.
 
@@ -41,12 +51,12 @@ def open_model(path: str | Path, device: torch.device | str = "cpu", *, ema: boo
             averaged ones.
         WeightsError: The export is not whole, or holds an image tower alone.
     """
-    path = Path(path)
+    path = find_model(path)
     if (path / ABOUT).is_file():
         if ema:
             raise WeightsError(f"{path} is an export, which has one set of weights; take its run")
         return _open_export(path, device)
-    checkpoint = CheckpointReader(find_checkpoint(path))
+    checkpoint = CheckpointReader(path)
     if ema and not checkpoint.has_ema:
         raise CheckpointError(f"{checkpoint.path} has no averaged weights; its run had no optim.ema_decay")
     clip = empty_model(checkpoint.config.model, device)

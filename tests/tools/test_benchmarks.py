@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import benchmark_accumulation
 import benchmark_checkpoint
 import benchmark_classifier
+import benchmark_embed
 import benchmark_loader
 import benchmark_loss
 import benchmark_optimizer
@@ -57,6 +58,32 @@ def test_loader_benchmark_notices_other_pixels(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_loader.PlainShards, "read", lambda self, shard, n: read(self, shard, (n + 1) % 8))
     assert benchmark_loader.main(["--records", "32", "--batch", "16", "--size", "64", "--rounds", "1"]) == 1
     assert "the two sides do not read the same" in capsys.readouterr().err
+
+
+EMBED = ["--model", "tiny", "--records", "12", "--batch", "4", "--size", "32", "--rounds", "1", "--precision", "fp32"]
+
+
+def test_embed_benchmark_gives_rates_of_all_sides_and_their_ratios(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", tiny_tree("unused", {})["model"])
+    assert benchmark_embed.main(EMBED) == 0
+    out = capsys.readouterr().out
+    for name in ("forward", "embed", "evaluate"):
+        assert all(figures(rf"{name}\s+# records/s, # ms busy", out))
+    for name in ("embed", "evaluate"):
+        assert all(figures(f"{name} / forward: rate #, by processor time #", out))
+
+
+def test_embed_benchmark_notices_other_features(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", tiny_tree("unused", {})["model"])
+    right = benchmark_embed.Bench.encode_images
+    monkeypatch.setattr(benchmark_embed.Bench, "encode_images", lambda self, images: right(self, images.flip(0)))
+    monkeypatch.setattr(
+        benchmark_embed.Sides,
+        "forward",
+        lambda self: [(right(self.bench, images), self.bench.encode_texts(ids)) for images, ids in self.batches],
+    )
+    assert benchmark_embed.main(EMBED) == 1
+    assert "the two do not do the same work" in capsys.readouterr().err
 
 
 def test_memory_is_that_of_the_peak_above_what_was_held():

@@ -195,6 +195,22 @@ def test_transformers_computes_the_same_and_has_the_processor(
     assert peer.logit_scale.item() == 3.0
 
 
+def test_layers_from_the_end_are_those_of_transformers(tmp_path: Path, picture: Image.Image) -> None:
+    source, out = stored(tmp_path, tiny("ViT")), tmp_path / "out"
+    export(source, out, "hf")
+    clip, peer = evaclip.load(source), CLIPModel.from_pretrained(out).eval()
+    pixels, tokens = clip.preprocess(picture)[None], clip.tokenize(TEXTS[:2])
+    ids = CLIPProcessor.from_pretrained(out)(text=TEXTS[:2], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        seen = peer.vision_model(pixels, output_hidden_states=True).hidden_states
+        read = peer.text_model(**ids, output_hidden_states=True).hidden_states
+        for layer in (-1, -2):
+            patches, (words, mask) = clip.image_tokens(pixels, layer), clip.text_tokens(tokens, layer)
+            assert (patches - seen[layer][:, 1:]).abs().max() < 1e-5
+            assert torch.equal(mask, ids["attention_mask"].bool())
+            assert (words - read[layer])[mask].abs().max() < 1e-5
+
+
 def _lengths(packed: Any) -> list[int]:
     return packed.cu_seqlens.diff().tolist()
 
