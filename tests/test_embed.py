@@ -254,7 +254,12 @@ def test_two_ranks_write_what_one_does(tmp_path, model, shards):
         )
         for rank in range(2)
     ]
-    said = "".join(rank.communicate(timeout=120)[0] for rank in ranks)
+    try:
+        said = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert "70 of 70 records of 3 shards, 0 skipped" in said
     run(model, shards, tmp_path / "one")
