@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
-from tiny import SYNTHETIC, colour_records, tiny_config
+from tiny import SYNTHETIC, colour_records, jpeg, tiny_config
 
 import evaclip
 from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
@@ -98,6 +98,35 @@ def test_loss_falls_on_learnable_data(tmp_path, colour_shards):
     # four captions in a batch of 16: a perfect model cannot tell duplicates apart and stays near log 4
     assert losses[0] > 2.5
     assert losses[-1] < 1.8
+
+
+def test_one_batch_again_and_again_is_learnt_by_heart_and_resumes_bitwise(tmp_path):
+    """On shards with bad records, with workers, in micro-batches; step 1 is that of a normal run."""
+    colours = [(n * 37 % 256, n * 91 % 256, n * 151 % 256) for n in range(70)]
+    pairs = [{"jpg": jpeg(colour), "txt": str(number).encode()} for number, colour in enumerate(colours)]
+    records = ((f"{n:03d}", pair if n % 7 else {"txt": b"no image"}) for n, pair in enumerate(pairs))
+    write_shards(tmp_path / "shards", records, 30)
+    source = {"shards": str(tmp_path / "shards/{00000..00002}.tar")}
+    options = {"train__overfit_one_batch": True, "train__steps": 40, "optim__lr": 3e-3, "train__micro_batch": 8}
+    options |= {"checkpoint__every_steps": 20, "data__workers": 2, "data__max_bad_fraction": 0.5}
+    train(tiny_config(tmp_path / "run", source, **options))
+    straight, history = weights(tmp_path / "run"), rows(tmp_path / "run")
+    listed = (tmp_path / "run/bad_records.jsonl").read_text()
+    assert history[0]["train/loss"] > 2.5
+    assert history[-1]["train/loss"] < 0.05
+    assert [history[-1][name] for name in ("data/delivered/tiny", "samples")] == [16, 40 * 16]
+    assert history[-1]["data/skipped/tiny"] == listed.count("no_image") > 0
+    assert "every step takes the 16 samples of step 1" in (tmp_path / "run/log.txt").read_text()
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000040")
+    train(tiny_config(tmp_path / "run", source, **options))
+    assert_same_weights(straight, weights(tmp_path / "run"))
+    assert rows(tmp_path / "run") == history
+    assert (tmp_path / "run/bad_records.jsonl").read_text() == listed
+
+    options |= {"train__steps": 1, "train__overfit_one_batch": False}
+    train(tiny_config(tmp_path / "normal", source, **options))
+    assert rows(tmp_path / "normal")[0]["train/loss"] == history[0]["train/loss"]
 
 
 def test_run_directory_holds_config_metrics_log_and_checkpoints(tmp_path):
