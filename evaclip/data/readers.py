@@ -31,6 +31,14 @@ class Sample(NamedTuple):
     tokens: list[int]
 
 
+class Pair(NamedTuple):
+    """One image-text pair out of a shard."""
+
+    image: bytes
+    """Encoded."""
+    caption: str
+
+
 class BadRecordError(Exception):
     """A record that no run can use, with the reason it is counted under."""
 
@@ -44,6 +52,10 @@ class Reader(Protocol):
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """Read, decode, crop and tokenize; raises ``BadRecordError`` for what is counted and skipped."""
+        ...
+
+    def stored_size(self, shard: int, record: int) -> tuple[int, int]:
+        """Width and height of a usable record's image, as it is stored."""
         ...
 
     def shard_name(self, shard: int) -> str:
@@ -68,18 +80,29 @@ class ShardReader:
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """See ``Reader.load``."""
+        return self.sample(self.pair(shard, record, seed), seed)
+
+    def pair(self, shard: int, record: int, seed: int) -> Pair:
+        """A record's image and the caption that the seed draws, as they are stored; raises as ``load``."""
         try:
             members = self.shards.read(shard, record).members
-            data = next((members[key] for key in IMAGE_KEYS if key in members), None)
-            if data is None:
-                raise BadRecordError("no_image")
-            caption = choose_caption(members, self.captions, seed)
+            return Pair(_image_of(members), choose_caption(members, self.captions, seed))
+        except (CorruptRecordError, BadCaptionError) as error:
+            raise BadRecordError(error.reason) from error
+
+    def sample(self, pair: Pair, seed: int) -> Sample:
+        """What the model gets of a pair; raises as ``load``."""
+        try:
             least = images.min_decode_size(self.image_size, self.augment)
-            pixels = images.decode(data, max_pixels=self.max_pixels, min_size=least)
-        except (CorruptRecordError, images.BadImageError, BadCaptionError) as error:
+            pixels = images.decode(pair.image, max_pixels=self.max_pixels, min_size=least)
+        except images.BadImageError as error:
             raise BadRecordError(error.reason) from error
         image = images.train_crop(pixels, self.image_size, self.augment, seed)
-        return Sample(image, self.tokenizer.encode(caption))
+        return Sample(image, self.tokenizer.encode(pair.caption))
+
+    def stored_size(self, shard: int, record: int) -> tuple[int, int]:
+        """See ``Reader.stored_size``."""
+        return images.stored_size(_image_of(self.shards.read(shard, record).members))
 
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""
@@ -88,6 +111,13 @@ class ShardReader:
     def record_name(self, shard: int, record: int) -> str:
         """See ``Reader.record_name``."""
         return f"{self.shard_name(shard)}:{self.shards.key(shard, record)}"
+
+
+def _image_of(members: Mapping[str, bytes]) -> bytes:
+    for key in IMAGE_KEYS:
+        if key in members:
+            return members[key]
+    raise BadRecordError("no_image")
 
 
 @dataclass
@@ -103,6 +133,10 @@ class SyntheticReader:
         image = torch.from_numpy(random.integers(0, 256, (3, self.image_size, self.image_size), np.uint8))
         length = int(random.integers(1, self.context_length - 1))
         return Sample(image, [49406, *random.integers(1, 49405, length).tolist(), 49407])
+
+    def stored_size(self, shard: int, record: int) -> tuple[int, int]:
+        """See ``Reader.stored_size``."""
+        return self.image_size, self.image_size
 
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""
