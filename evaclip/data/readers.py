@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from evaclip.config import IMAGE_KEYS, AugmentConfig
@@ -80,7 +81,9 @@ class ShardReader:
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """See ``Reader.load``."""
-        return self.sample(self.pair(shard, record, seed), seed)
+        pair = self.pair(shard, record, seed)
+        image = images.train_crop(self.decode(pair.image), self.image_size, self.augment, seed)
+        return Sample(image, self.tokenizer.encode(pair.caption))
 
     def pair(self, shard: int, record: int, seed: int) -> Pair:
         """A record's image and the caption that the seed draws, as they are stored; raises as ``load``."""
@@ -90,15 +93,13 @@ class ShardReader:
         except (CorruptRecordError, BadCaptionError) as error:
             raise BadRecordError(error.reason) from error
 
-    def sample(self, pair: Pair, seed: int) -> Sample:
-        """What the model gets of a pair; raises as ``load``."""
+    def decode(self, image: bytes) -> UInt8[np.ndarray, "height width 3"]:
+        """Pixels that crops are cut out of; raises as ``load``."""
         try:
             least = images.min_decode_size(self.image_size, self.augment)
-            pixels = images.decode(pair.image, max_pixels=self.max_pixels, min_size=least)
+            return images.decode(image, max_pixels=self.max_pixels, min_size=least)
         except images.BadImageError as error:
             raise BadRecordError(error.reason) from error
-        image = images.train_crop(pixels, self.image_size, self.augment, seed)
-        return Sample(image, self.tokenizer.encode(pair.caption))
 
     def stored_size(self, shard: int, record: int) -> tuple[int, int]:
         """See ``Reader.stored_size``."""
