@@ -1,13 +1,14 @@
 """A picture of training samples: each as the image tower sees it, above what is known of it.
 
-Pillow alone draws it, with the font that it brings along: letters beyond Latin show as boxes. Where samples come from
-is decided elsewhere.
+Pillow alone draws it, with the font that it brings along, which is Latin, and for other captions with fonts of the
+system, if there are any; what none of them has shows as boxes. Where samples come from is decided elsewhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from evaclip.picture import COLOURS
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 _LEAST_WIDTH = 180
 """Pixels that a tile has for its text; smaller images are shown larger, pixel by pixel."""
 _GAP = 16
@@ -23,6 +26,8 @@ _BAR = 5
 """Height of the stripe in the source's colour."""
 _TITLE_SIZE, _TEXT_SIZE, _LINE = 17, 13, 17
 _FACT_LINES, _CAPTION_LINES = 3, 4
+_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc")
+"""Of the system: Cyrillic, Greek, Arabic and others; Chinese, Japanese, Korean."""
 _INK, _FAINT, _PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
 _VEIL, _VEIL_SHARE = 208, 0.85
 """Grey that lies over dropped patches, and how thickly."""
@@ -87,6 +92,7 @@ def draw(title: str, subtitle: str, tiles: Sequence[Tile]) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT_SIZE)
     pen.text((_GAP, _GAP // 2), title, _INK, ImageFont.load_default(_TITLE_SIZE))
     pen.text((_GAP, _GAP // 2 + _TITLE_SIZE + 6), subtitle, _FAINT, font)
+    fonts = [font, *system_fonts()]
     sources = sorted({tile.source for tile in tiles})
     for number, tile in enumerate(tiles):
         left, top = places.corner(number)
@@ -96,15 +102,29 @@ def draw(title: str, subtitle: str, tiles: Sequence[Tile]) -> Image.Image:
         colour = COLOURS[sources.index(tile.source) % len(COLOURS)]
         pen.rectangle((left, top, left + places.width - 1, top + _BAR - 1), colour)
         top += _BAR + 3
-        pen.text((left, top), shortened(tile.source, places.width * 0.5, font.getlength), colour, font)
+        room = places.width - font.getlength(f"{tile.heading}   ")
+        pen.text((left, top), shortened(tile.source, room, font.getlength), colour, font)
         pen.text((left + places.width, top), tile.heading, _FAINT, font, anchor="ra")
         for fact in tile.facts:
             top += _LINE
             pen.text((left, top), shortened(fact, places.width, font.getlength), _FAINT, font)
-        for line in wrapped(tile.caption, places.width, font.getlength):
+        letters = best_font(tile.caption, fonts)
+        for line in wrapped(tile.caption, places.width, letters.getlength):
             top += _LINE
-            pen.text((left, top), line, _INK, font)
+            pen.text((left, top), line, _INK, letters)
     return sheet
+
+
+def system_fonts() -> Iterator[ImageFont.FreeTypeFont]:
+    """Those of a few common fonts that are installed."""
+    for name in _FONTS:
+        with suppress(OSError):
+            yield ImageFont.truetype(name, _TEXT_SIZE)
+
+
+def best_font(text: str, fonts: Sequence[Font]) -> Font:
+    """The first font that lacks the fewest letters of a text: they look like U+FFFF, which is none."""
+    return min(fonts, key=lambda font: sum(bytes(font.getmask(c)) == bytes(font.getmask("\uffff")) for c in set(text)))
 
 
 def shortened(text: str, width: float, length: Callable[[str], float]) -> str:

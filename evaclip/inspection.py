@@ -233,8 +233,8 @@ def _rate(reading: Reading, config: RunConfig) -> str:
     who = f"{reading.workers} workers" if reading.workers else "the training process itself (data.workers 0)"
     if config.train.overfit_one_batch:
         return f"read one batch by {who} in {reading.seconds[0]:.1f} s, and repeats it (train.overfit_one_batch)"
-    if steps <= _WARM_UP:
-        return f"{who}, first step after {reading.seconds[0]:.1f} s; its rate takes --batches {_WARM_UP + 1} or more"
+    if steps < _WARM_UP + 2:
+        return f"{who}, first step after {reading.seconds[0]:.1f} s; its rate takes --batches {_WARM_UP + 2} or more"
     rate = (steps - _WARM_UP) * reading.per_step / (reading.seconds[-1] - reading.seconds[_WARM_UP - 1])
     return (
         f"{rate:,.0f} samples/s by {who} for one rank alone on this machine, in steps {_WARM_UP + 1} to {steps}; "

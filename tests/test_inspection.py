@@ -11,7 +11,7 @@ from tiny import SYNTHETIC, colour_records, jpeg, merged, tiny_config, tiny_tree
 
 from evaclip import cli
 from evaclip.config import ModelConfig
-from evaclip.contact_sheet import layout, shortened, wrapped
+from evaclip.contact_sheet import best_font, layout, shortened, wrapped
 from evaclip.data.order import SlotCursor, choose_slots
 from evaclip.data.pipeline import make_plan
 from evaclip.data.shards import Shard, write_shards
@@ -125,7 +125,7 @@ def test_stored_sizes_are_those_of_the_drawn_records(tmp_path):
     sides = sorted(30 + sample.place.record for sample in read(config, plan, sources, batches=1, samples=7).shown)
     text = inspect(config, batches=1, samples=7, output=tmp_path / "x.png")
     assert f"shorter side of the 7 stored images drawn: min {sides[0]}, median {sides[3]}, p95 {sides[6]}" in text
-    assert "its rate takes --batches 3 or more" in text
+    assert "its rate takes --batches 4 or more" in text
 
 
 def test_no_run_directory_and_no_weights_are_needed_even_for_the_largest_model(tmp_path):
@@ -192,6 +192,22 @@ def test_patches_of_a_timm_tower_are_those_that_it_keeps(monkeypatch):
     grids = kept_grids(model, seeds)
     assert grids.shape == (3, 3, 3)
     assert [np.flatnonzero(grid).tolist() for grid in grids] == kept
+
+
+class Letters:
+    """A font with some letters."""
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def getmask(self, letter):
+        return (letter if letter in self.letters else "box").encode()
+
+
+@pytest.mark.parametrize(("text", "number"), [("ab", 0), ("", 0), ("aж", 1), ("狗", 2), ("a狗ж", 1), ("ü", 0)])
+def test_a_caption_is_written_in_the_first_font_that_lacks_least_of_it(text, number):
+    fonts = [Letters("ab"), Letters("abж"), Letters("a狗")]
+    assert best_font(text, fonts) is fonts[number]
 
 
 @pytest.mark.parametrize(

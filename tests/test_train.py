@@ -20,6 +20,7 @@ from tiny import SYNTHETIC, colour_records, jpeg, tiny_config
 import evaclip
 from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
+from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.shards import Shard, write_shards
 from evaclip.distributed import Ranks
 from evaclip.errors import (
@@ -36,6 +37,7 @@ from evaclip.history import load_history
 from evaclip.loss import ContrastiveLoss
 from evaclip.metrics import OF_THE_MACHINE
 from evaclip.run import open_run
+from evaclip.sources import open_sources
 from evaclip.train import _loop, _reporting, train, train_on
 
 prepare = importlib.import_module("evaclip.engine.prepare")  # the package has a function of that name
@@ -127,6 +129,29 @@ def test_one_batch_again_and_again_is_learnt_by_heart_and_resumes_bitwise(tmp_pa
     options |= {"train__steps": 1, "train__overfit_one_batch": False}
     train(tiny_config(tmp_path / "normal", source, **options))
     assert rows(tmp_path / "normal")[0]["train/loss"] == history[0]["train/loss"]
+
+
+def test_one_batch_repeats_on_any_ranks_and_workers_as_the_first_of_a_normal_run(tmp_path, colour_shards):
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
+
+    def places(repeats, world, workers, states=None):
+        """Samples of three steps in their order, and the slots' states behind each."""
+        config = tiny_config(tmp_path, source, train__overfit_one_batch=repeats, data__workers=workers)
+        sources = open_sources(config, Ranks())
+        plan, states = make_plan(config, sources, 16), states or {}
+        ranks = (Ranks(rank, world) for rank in range(world))
+        steps = zip(*(Stream(config, plan, sources, rank, steps=3, states=states) for rank in ranks), strict=True)
+        found = []
+        for parts in steps:
+            seeds = torch.cat([batch.seeds for part in parts for batch in part.micro_batches])
+            found.append((seeds.tolist(), {slot: state for part in parts for slot, state in part.states.items()}))
+        return found
+
+    normal = places(repeats=False, world=1, workers=0)
+    assert normal[0][0] != normal[1][0]
+    for world, workers in ((1, 0), (1, 2), (2, 2)):
+        assert places(repeats=True, world=world, workers=workers) == [normal[0]] * 3
+    assert places(repeats=True, world=2, workers=0, states=normal[0][1]) == [normal[0]] * 3  # continued
 
 
 def test_run_directory_holds_config_metrics_log_and_checkpoints(tmp_path):
