@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from evaclip.picture import COLOURS
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _LEAST_WIDTH = 180
 """Pixels that a tile has for its text; smaller images are shown larger, pixel by pixel."""
@@ -122,7 +120,7 @@ def system_fonts() -> Iterator[ImageFont.FreeTypeFont]:
             yield ImageFont.truetype(name, _TEXT_SIZE)
 
 
-def best_font(text: str, fonts: Sequence[Font]) -> Font:
+def best_font(text: str, fonts: Sequence[Any]) -> Any:
     """The first font that lacks the fewest letters of a text: they look like U+FFFF, which is none."""
     return min(fonts, key=lambda font: sum(bytes(font.getmask(c)) == bytes(font.getmask("\uffff")) for c in set(text)))
 
