@@ -23,7 +23,8 @@ Changes = dict[str, tuple[Any, Any]]
 _FREEZE = ("optim.image.freeze", "optim.text.freeze")
 _FIXED = (
     *("seed", "model.", "data.sources.", "data.augment.", "data.block_records", "data.window_blocks"),
-    *("data.max_image_pixels", "train.global_batch", "loss.name", "loss.logit_", "loss.learn_", "optim.name"),
+    *("data.max_image_pixels", "train.global_batch", "train.overfit_one_batch"),
+    *("loss.name", "loss.logit_", "loss.learn_", "optim.name"),
     *_FREEZE,
 )
 _MOVABLE = (".shards", ".filter.keys", ".filter.drop_keys", "model.name")

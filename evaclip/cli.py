@@ -1,4 +1,4 @@
-"""Commands: ``evaclip train | launch | preflight | status | plot | evaluate | embed | export | config | models``."""
+"""The command line: ``evaclip COMMAND``; ``evaclip --help`` lists them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def _add_training(commands: Any, shared: argparse.ArgumentParser) -> None:
     show = commands.add_parser("config", help="print the resolved configuration", parents=[shared])
     launch = commands.add_parser("launch", help="train on a cluster: what launch/slurm.sh runs", parents=[shared])
     preflight = commands.add_parser("preflight", help="check the nodes that a launcher started", parents=[shared])
-    for command in (train, show, launch, preflight):
+    inspect = commands.add_parser("inspect", help="draw and count what training is fed, from step 1", parents=[shared])
+    for command in (train, show, launch, preflight, inspect):
         command.add_argument("config", metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", help="options that override the file")
     train.set_defaults(run=_train)
@@ -98,6 +99,12 @@ def _add_training(commands: Any, shared: argparse.ArgumentParser) -> None:
     launch.add_argument("--new-code", action="store_true", help="after a requeue, too, run the code as it is then")
     launch.set_defaults(run=_launch)
     preflight.set_defaults(run=_preflight)
+    inspect.add_argument("--batches", type=_positive, default=8, help="steps to be read (default: %(default)s)")
+    inspect.add_argument("--samples", type=_positive, default=24, help="of them to be drawn (default: %(default)s)")
+    inspect.add_argument(
+        "--output", metavar="FILE", type=Path, default=Path("inspect.png"), help="PNG (default: %(default)s)"
+    )
+    inspect.set_defaults(run=_inspect)
 
 
 def _add_watching(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -255,6 +262,13 @@ def _preflight(options: argparse.Namespace) -> None:
     from evaclip.preflight import preflight  # noqa: PLC0415  as above
 
     preflight(config)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    config = config_file.load(options.config, options.overrides)
+    from evaclip.inspection import inspect  # noqa: PLC0415  as above
+
+    print(inspect(config, batches=options.batches, samples=options.samples, output=options.output))
 
 
 def _status(options: argparse.Namespace) -> None:

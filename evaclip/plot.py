@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evaclip.errors import ConfigError, writing
+from evaclip.errors import ConfigError
 from evaclip.history import read_history, training_time
+from evaclip.picture import COLOURS, require_png, write_png
 from evaclip.status.files import Reader
 from evaclip.status.values import number, text
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 By = Literal["step", "samples", "hours"]
 Values = NDArray[np.float64]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Of Okabe and Ito, told apart by the colour-blind too."""
 STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _BUCKETS = 800
 """Stretches of a curve; a panel has fewer pixels."""
@@ -139,12 +138,10 @@ def plot(run_dirs: Sequence[Path], output: Path, *, metrics: Sequence[str] | Non
     Raises:
         ConfigError: matplotlib is missing, a folder is no run's, or no run has a metric of that name.
     """
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"--output {output} is no .png, the one format that is written")
+    require_png(output)
     runs = read_runs(run_dirs, metrics)
     figure = draw(runs, choose_panels(runs, metrics), by)
-    with writing(f"--output {output}"):
-        save(figure, output)
+    save(figure, output)
     return output
 
 
@@ -152,9 +149,7 @@ def save(figure: Figure, output: Path) -> None:
     """Write a PNG, whole or not at all."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_bytes(file.getvalue())
-    temporary.replace(output)
+    write_png(output, file.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

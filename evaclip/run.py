@@ -316,6 +316,12 @@ def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     share = config.train.global_batch // ranks.world_size
     log.info("each rank takes its %d samples of a step in %d micro-batches", share, run.num_micro_batches)
     log.info("%d slots; the run can continue on %s ranks", run.plan.slots, ", ".join(map(str, worlds)))
+    if config.train.overfit_one_batch:
+        log.warning(
+            "train.overfit_one_batch: every step takes the %d samples of step 1, same crops and dropped patches; "
+            "samples and speed count them each time, data/delivered and data/passes once",
+            config.train.global_batch,
+        )
     log.info("image tower %s", run.engine.towers.clip.image.description)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     text, own = config.model.text, isinstance(config.model.image, ImageTowerConfig)

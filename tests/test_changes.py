@@ -19,7 +19,14 @@ def test_harmless_changes_are_returned_with_old_and_new_value(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seed", 3), ("model__image__depth", 3), ("train__global_batch", 32), ("optim__name", "lamb"), ("data__slots", 4)],
+    [
+        ("seed", 3),
+        ("model__image__depth", 3),
+        ("train__global_batch", 32),
+        ("train__overfit_one_batch", True),
+        ("optim__name", "lamb"),
+        ("data__slots", 4),
+    ],
 )
 def test_what_makes_the_model_or_the_order_is_refused(tmp_path, key, value):
     with pytest.raises(

@@ -15,11 +15,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
-from tiny import SYNTHETIC, colour_records, tiny_config
+from tiny import SYNTHETIC, colour_records, jpeg, tiny_config
 
 import evaclip
 from evaclip.checkpoint import CheckpointReader, find_checkpoint, meta_checksum
 from evaclip.config import ModelConfig
+from evaclip.data.pipeline import Stream, make_plan
 from evaclip.data.shards import Shard, write_shards
 from evaclip.distributed import Ranks
 from evaclip.errors import (
@@ -36,6 +37,7 @@ from evaclip.history import load_history
 from evaclip.loss import ContrastiveLoss
 from evaclip.metrics import OF_THE_MACHINE
 from evaclip.run import open_run
+from evaclip.sources import open_sources
 from evaclip.train import _loop, _reporting, train, train_on
 
 prepare = importlib.import_module("evaclip.engine.prepare")  # the package has a function of that name
@@ -98,6 +100,58 @@ def test_loss_falls_on_learnable_data(tmp_path, colour_shards):
     # four captions in a batch of 16: a perfect model cannot tell duplicates apart and stays near log 4
     assert losses[0] > 2.5
     assert losses[-1] < 1.8
+
+
+def test_one_batch_again_and_again_is_learnt_by_heart_and_resumes_bitwise(tmp_path):
+    """On shards with bad records, with workers, in micro-batches; step 1 is that of a normal run."""
+    colours = [(n * 37 % 256, n * 91 % 256, n * 151 % 256) for n in range(70)]
+    pairs = [{"jpg": jpeg(colour), "txt": str(number).encode()} for number, colour in enumerate(colours)]
+    records = ((f"{n:03d}", pair if n % 7 else {"txt": b"no image"}) for n, pair in enumerate(pairs))
+    write_shards(tmp_path / "shards", records, 30)
+    source = {"shards": str(tmp_path / "shards/{00000..00002}.tar")}
+    options = {"train__overfit_one_batch": True, "train__steps": 40, "optim__lr": 3e-3, "train__micro_batch": 8}
+    options |= {"checkpoint__every_steps": 20, "data__workers": 2, "data__max_bad_fraction": 0.5}
+    train(tiny_config(tmp_path / "run", source, **options))
+    straight, history = weights(tmp_path / "run"), rows(tmp_path / "run")
+    listed = (tmp_path / "run/bad_records.jsonl").read_text()
+    assert history[0]["train/loss"] > 2.5
+    assert history[-1]["train/loss"] < 0.05
+    assert [history[-1][name] for name in ("data/delivered/tiny", "samples")] == [16, 40 * 16]
+    assert history[-1]["data/skipped/tiny"] == listed.count("no_image") > 0
+    assert "every step takes the 16 samples of step 1" in (tmp_path / "run/log.txt").read_text()
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000040")
+    train(tiny_config(tmp_path / "run", source, **options))
+    assert_same_weights(straight, weights(tmp_path / "run"))
+    assert rows(tmp_path / "run") == history
+    assert (tmp_path / "run/bad_records.jsonl").read_text() == listed
+
+    options |= {"train__steps": 1, "train__overfit_one_batch": False}
+    train(tiny_config(tmp_path / "normal", source, **options))
+    assert rows(tmp_path / "normal")[0]["train/loss"] == history[0]["train/loss"]
+
+
+def test_one_batch_repeats_on_any_ranks_and_workers_as_the_first_of_a_normal_run(tmp_path, colour_shards):
+    source = {"shards": str(colour_shards / "{00000..00002}.tar")}
+
+    def places(repeats, world, workers, states=None):
+        """Samples of three steps in their order, and the slots' states behind each."""
+        config = tiny_config(tmp_path, source, train__overfit_one_batch=repeats, data__workers=workers)
+        sources = open_sources(config, Ranks())
+        plan, states = make_plan(config, sources, 16), states or {}
+        ranks = (Ranks(rank, world) for rank in range(world))
+        steps = zip(*(Stream(config, plan, sources, rank, steps=3, states=states) for rank in ranks), strict=True)
+        found = []
+        for parts in steps:
+            seeds = torch.cat([batch.seeds for part in parts for batch in part.micro_batches])
+            found.append((seeds.tolist(), {slot: state for part in parts for slot, state in part.states.items()}))
+        return found
+
+    normal = places(repeats=False, world=1, workers=0)
+    assert normal[0][0] != normal[1][0]
+    for world, workers in ((1, 0), (1, 2), (2, 2)):
+        assert places(repeats=True, world=world, workers=workers) == [normal[0]] * 3
+    assert places(repeats=True, world=2, workers=0, states=normal[0][1]) == [normal[0]] * 3  # continued
 
 
 def test_run_directory_holds_config_metrics_log_and_checkpoints(tmp_path):

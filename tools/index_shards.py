@@ -14,15 +14,18 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from evaclip.data.index import ShardIndex, build_index, ensure_index, index_path, save_index
 from evaclip.data.shards import expand
 from evaclip.data.storage import is_remote
 from evaclip.errors import DataError, EvaclipError
+
+T = TypeVar("T")
 
 _MANY = 160_000  # shards of a LAION-2B in img2dataset's usual size
 
@@ -60,10 +63,15 @@ def _rebuilt_index(location: str, index_dir: str | None) -> ShardIndex:
 
 
 def index_all(shards: Sequence[str], index_dir: str | None, *, rebuild: bool, processes: int) -> Iterator[Found | str]:
-    """What ``index_one`` says of each shard, as they are done; few wait at a time, whatever their number."""
+    """What ``index_one`` says of each shard, as they are done."""
+    return over_processes(partial(index_one, index_dir=index_dir, rebuild=rebuild), shards, processes)
+
+
+def over_processes(work: Callable[[str], T], shards: Sequence[str], processes: int) -> Iterator[T]:
+    """What a function says of each shard, as they are done; few wait at a time, whatever their number."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads it leaves behind
     with ProcessPoolExecutor(min(processes, len(shards)), mp_context=context) as pool:
-        futures = (pool.submit(index_one, shard, index_dir, rebuild=rebuild) for shard in shards)
+        futures = (pool.submit(work, shard) for shard in shards)
         waiting = set(islice(futures, 4 * processes))
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)

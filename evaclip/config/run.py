@@ -188,6 +188,9 @@ class TrainConfig(Section):
     """Recompute each block's activations in backward instead of storing them."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    overfit_one_batch: bool = False
+    """Take the samples of step 1 at every step, with the same crops and dropped patches: what can learn drives their
+    loss to nearly 0. The first thing to try where nothing learns."""
     max_consecutive_skipped_steps: PositiveInt = 100
     """The run stops after this many updates in a row were skipped for a non-finite loss or gradient. With fp16 give 20
     or more: some are skipped until its loss scale is found."""

@@ -79,6 +79,11 @@ class PackedText:
             segment_bound=-(-max(segments) // _KERNEL_TILE) * _KERNEL_TILE,
         )
 
+    def captions(self) -> list[list[int]]:
+        """Token ids of each caption, in the caller's order: what was packed."""
+        ids, bounds = self.ids.tolist(), self.cu_seqlens.tolist()
+        return [ids[bounds[place] : bounds[place + 1]] for place in self.restore.tolist()]
+
     @property
     def num_captions(self) -> int:
         """Captions, without the segment of padding."""

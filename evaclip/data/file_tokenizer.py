@@ -6,7 +6,7 @@ token ends a text, and which files cannot be used, is decided where the file is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from evaclip.config import TextTowerConfig
 from evaclip.config.tokenizer_file import read_tokenizer
@@ -70,6 +70,10 @@ class FileTokenizer:
         """The ids of a text, at most ``context_length``; a longer text keeps its first ids, and the end token."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*self._before, *ids[: self._room], *self._after]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text behind ids, without the tokens around it."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 AnyTokenizer = Tokenizer | FileTokenizer

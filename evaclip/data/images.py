@@ -102,6 +102,15 @@ def decode(data: bytes, *, max_pixels: int, min_size: int | None = None) -> UInt
         return np.array(_open_with_pillow(data, max_pixels))
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the header of a usable image has them, before its EXIF turns it."""
+    if data.startswith(b"\xff\xd8"):
+        height, width, *_ = cast("tuple[int, int, str, str]", simplejpeg.decode_jpeg_header(data))
+        return width, height
+    with _pillow_on_foreign_bytes(), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+        return image.size
+
+
 def load_eval(data: bytes, *, max_pixels: int) -> Image.Image:
     """The same pixels as ``decode`` in full, as a Pillow image in mode RGB.
 

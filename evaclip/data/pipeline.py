@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -183,6 +183,9 @@ class Stream:
     A step's samples lie in the order of their slots and are cut into ``micro_batches`` runs, equal to within a sample.
     ``states`` maps each of the rank's slots to where it stands; give the union over all ranks back to continue, on
     any number of ranks and workers.
+
+    With ``train.overfit_one_batch`` every step is the first one of the run. The state stays behind it, so its records
+    count once, however often they are seen, and those that it skipped are told once.
     """
 
     def __init__(
@@ -203,11 +206,24 @@ class Stream:
         self._workers = min(config.data.workers, len(self.slots))
         readers = [source.reader for source in sources.values()]
         per_slot = config.train.global_batch // plan.slots
+        self._steps, self._repeats, self._is_counted = steps, config.train.overfit_one_batch, bool(states)
+        if self._repeats:
+            steps, states = min(steps, 1), {}
         parts = _SlotParts(plan, readers, self.slots, per_slot, states, steps)
         self._loader = loader(parts, workers=self._workers, batch_size=None, collate_fn=_as_it_is)
         self._pin = ranks.device.type == "cuda"
 
     def __iter__(self) -> Iterator[Delivery]:
+        return self._repeated() if self._repeats else self._deliveries()
+
+    def _repeated(self) -> Iterator[Delivery]:
+        """The run's first step, again and again."""
+        for first in list(self._deliveries()):
+            again = first._replace(skipped=[])
+            yield again if self._is_counted else first
+            yield from repeat(again, self._steps - 1)
+
+    def _deliveries(self) -> Iterator[Delivery]:
         parts = iter(self._loader)
         # Workers answer in turn, so each group of as many parts is one step, in the order of the slots.
         for group in zip(*[parts] * max(1, self._workers), strict=True):

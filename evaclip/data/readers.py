@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from evaclip.config import IMAGE_KEYS, AugmentConfig
@@ -30,6 +31,14 @@ class Sample(NamedTuple):
     image: Tensor
     """uint8 [3, size, size]."""
     tokens: list[int]
+
+
+class Pair(NamedTuple):
+    """One image-text pair out of a shard."""
+
+    image: bytes
+    """Encoded."""
+    caption: str
 
 
 class BadRecordError(Exception):
@@ -55,6 +64,10 @@ class Reader(Protocol):
         """Read, decode, crop and tokenize; raises ``BadRecordError`` or ``FilteredRecordError`` for what is counted."""
         ...
 
+    def stored_size(self, shard: int, record: int) -> tuple[int, int]:
+        """Width and height of a usable record's image, as it is stored."""
+        ...
+
     def shard_name(self, shard: int) -> str:
         """Name of a shard for messages."""
         ...
@@ -78,20 +91,31 @@ class ShardReader:
 
     def load(self, shard: int, record: int, seed: int) -> Sample:
         """See ``Reader.load``."""
+        pair = self.pair(shard, record, seed)
+        image = images.train_crop(self.decode(pair.image), self.image_size, self.augment, seed)
+        return Sample(image, self.tokenizer.encode(pair.caption))
+
+    def pair(self, shard: int, record: int, seed: int) -> Pair:
+        """A record's image and the caption that the seed draws, as they are stored; raises as ``load``."""
         try:
             if self.filter:
                 self._require_pass(self.filter, shard, record)
             members = self.shards.read(shard, record).members
-            data = next((members[key] for key in IMAGE_KEYS if key in members), None)
-            if data is None:
-                raise BadRecordError("no_image")
-            caption = choose_caption(members, self.captions, seed)
-            least = images.min_decode_size(self.image_size, self.augment)
-            pixels = images.decode(data, max_pixels=self.max_pixels, min_size=least)
-        except (CorruptRecordError, images.BadImageError, BadCaptionError) as error:
+            return Pair(_image_of(members), choose_caption(members, self.captions, seed))
+        except (CorruptRecordError, BadCaptionError) as error:
             raise BadRecordError(error.reason) from error
-        image = images.train_crop(pixels, self.image_size, self.augment, seed)
-        return Sample(image, self.tokenizer.encode(caption))
+
+    def decode(self, image: bytes) -> UInt8[np.ndarray, "height width 3"]:
+        """Pixels that crops are cut out of; raises as ``load``."""
+        try:
+            least = images.min_decode_size(self.image_size, self.augment)
+            return images.decode(image, max_pixels=self.max_pixels, min_size=least)
+        except images.BadImageError as error:
+            raise BadRecordError(error.reason) from error
+
+    def stored_size(self, shard: int, record: int) -> tuple[int, int]:
+        """See ``Reader.stored_size``."""
+        return images.stored_size(_image_of(self.shards.read(shard, record).members))
 
     def _require_pass(self, conditions: RecordFilter, shard: int, record: int) -> None:
         """Ask the filter: the key lies in the index, and of the record no more is read than its json member."""
@@ -114,6 +138,13 @@ class ShardReader:
         return f"{self.shard_name(shard)}:{self.shards.key(shard, record)}"
 
 
+def _image_of(members: Mapping[str, bytes]) -> bytes:
+    for key in IMAGE_KEYS:
+        if key in members:
+            return members[key]
+    raise BadRecordError("no_image")
+
+
 @dataclass
 class SyntheticReader:
     """Noise and random token ids, functions of the record."""
@@ -130,6 +161,10 @@ class SyntheticReader:
         length = int(random.integers(1, self.context_length - 1))
         words = random.integers(1, max(2, self.vocabulary - 3), length).tolist()
         return Sample(image, [self.vocabulary - 2, *words, self.vocabulary - 1])
+
+    def stored_size(self, shard: int, record: int) -> tuple[int, int]:
+        """See ``Reader.stored_size``."""
+        return self.image_size, self.image_size
 
     def shard_name(self, shard: int) -> str:
         """See ``Reader.shard_name``."""

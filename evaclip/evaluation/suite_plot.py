@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaclip.evaluation.suite import Row
-from evaclip.plot import COLOURS, INSTALL, save
+from evaclip.picture import COLOURS
+from evaclip.plot import INSTALL, save
 
 
 def plot_suite(rows: Sequence[Row], title: str, output: Path) -> None:

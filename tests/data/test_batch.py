@@ -23,6 +23,7 @@ def test_restore_brings_back_the_callers_order() -> None:
     starts, ends = text.cu_seqlens[:-1], text.cu_seqlens[1:]
     packed = [text.ids[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
     assert [packed[place] for place in text.restore] == CAPTIONS
+    assert text.captions() == PackedText.pack(CAPTIONS, 8).captions() == CAPTIONS
 
 
 @pytest.mark.parametrize("multiple_of", [2, 5, 8, 64])
