@@ -108,7 +108,7 @@ def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> R
     return Records(source, count, dataset, caption_per_line=folder)
 
 
-def _open_shards(dataset: EvalDataset, index_dir: str | None, ranks: Ranks, *, folder: bool) -> _Shards:
+def _open_shards(dataset: EvalDataset, index_dir: str | None, ranks: Ranks, *, folder: bool) -> ShardRecords:
     mine: list[tuple[int, str]] = []
     paths: list[str] = []
     with agreed(ranks):

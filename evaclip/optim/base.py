@@ -231,7 +231,8 @@ class TableOptimizer(torch.optim.Optimizer, ABC):
                 for start in range(span.offset, span.offset + span.size, most):
                     part = slice(start, min(start + most, span.offset + span.size))
                     ema = None if bound.ema is None else bound.ema[part]
-                    found.append(Slice(span.row, *(tensor[part] for tensor in flat), ema))
+                    weight, grad, *moments = (tensor[part] for tensor in flat)
+                    found.append(Slice(span.row, weight, grad, moments[0], moments[1], ema))
         return found
 
     def _adam_updates(self, slices: Sequence[Slice], finite: Tensor, grad_scale: Tensor) -> Tensor:
