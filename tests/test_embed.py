@@ -279,9 +279,7 @@ def test_ranks_take_turns_with_the_shards(tmp_path, model, shards, monkeypatch):
 
 def test_without_pyarrow_the_command_says_how_to_get_it(tmp_path, model, shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        ConfigError, match=r"features need pyarrow, which is missing; pip install 'evaclip\[parquet\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"features need pyarrow, which is missing; pip install 'evaclip\[parquet\]'"):
         run(model, shards, tmp_path)
 
 
