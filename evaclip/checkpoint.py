@@ -33,6 +33,7 @@ from evaclip.config import CheckpointConfig
 from evaclip.config.tokenizer_file import TOKENIZER
 from evaclip.config_file import validate
 from evaclip.errors import CheckpointError
+from evaclip.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ def damage(checkpoint: Path) -> str | None:
             path = checkpoint / name
             if (size := _patiently(path, _size)) != part["size"]:
                 return f"{path} has {size} bytes instead of {part['size']}"
+            beat()  # in a start this is the longest wait
             if _patiently(path, file_checksum) != part["xxh3"]:
                 return f"{path} differs from its checksum"
     except (DamagedError, KeyError, TypeError) as error:

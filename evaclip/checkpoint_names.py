@@ -1,7 +1,8 @@
-"""Names in a run's ``checkpoints`` folder, for whoever writes, reads or only looks at it; no torch."""
+"""A run's ``checkpoints`` folder as it looks without torch: names, for whoever writes, reads or only looks at it."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -20,6 +21,20 @@ def complete(folder: Path) -> list[Path]:
     """Checkpoints that have got their name, oldest first."""
     steps = {path: step for path in folder.glob("step_*") if (step := step_of(path)) is not None}
     return sorted(steps, key=steps.__getitem__)
+
+
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint that has got its name."""
+    found = complete(folder)
+    return step_of(found[-1]) if found else None
+
+
+def saved_slots(checkpoint: Path) -> int | None:
+    """Slots of the data order that a checkpoint continues; None where it does not tell."""
+    try:
+        return int(json.loads((checkpoint / "meta.json").read_bytes())["slots"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def place_aside(checkpoint: Path) -> Path:

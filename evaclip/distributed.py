@@ -153,5 +153,8 @@ def started(*, need_group: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -> G
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield Ranks(rank, world_size, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        if world_size == 1 or (isinstance(error, EvaclipError) and error.on_all_ranks):
+            dist.destroy_process_group()
+        raise  # else the others are in the middle of something, and NCCL would wait for them; they end when we do
+    dist.destroy_process_group()

@@ -46,19 +46,21 @@ class _Heart:
     asked = False
     count = 0
     step = -1
+    phase: Phase = "start"
     trained = False
     """An update is done: until then every part of a step may take minutes, and counts as the start."""
 
 
-def beat(phase: Phase, step: int | None = None) -> None:
-    """Tell what this rank does now; without a step, still at the last one."""
+def beat(phase: Phase | None = None, step: int | None = None) -> None:
+    """Tell what this rank does now; without a phase, still the same, and without a step, still at the last one."""
     if not _Heart.asked:
         _Heart.asked = True
         _Heart.pages = _open()
     if _Heart.pages is not None:
         _Heart.step = _Heart.step if step is None else step
+        _Heart.phase = phase = phase or _Heart.phase
         _Heart.trained |= phase == "metrics"
-        if phase in ("data", "forward", "update") and not _Heart.trained:
+        if phase != "end" and not _Heart.trained:
             phase = "start"
         content = _BEAT.pack(os.getpid(), _Heart.step, PHASES.index(phase), time.monotonic())
         begin = _Heart.count % 2 * _PLACE

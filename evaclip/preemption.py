@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from evaclip.cluster.protocol import ONE_REQUEST_SECONDS
 from evaclip.errors import InterruptedEvaluationError, TrainingStoppedError
 
 if TYPE_CHECKING:
     from evaclip.distributed import Ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_ONE_REQUEST_SECONDS = 3.0  # in which launchers and schedulers may send the same signal several times
 
 
 class StopRequest:
@@ -67,7 +67,7 @@ class StopRequest:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if not self._signal:
             self._signal, self._received = number, time.monotonic()
-        elif number == signal.SIGINT or time.monotonic() - self._received > _ONE_REQUEST_SECONDS:
+        elif number == signal.SIGINT or time.monotonic() - self._received > ONE_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)  # does not wait for the checkpoint; those that are complete stay
             signal.raise_signal(number)
 

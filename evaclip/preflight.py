@@ -196,7 +196,11 @@ def _gpu_problems(local_ranks: int, cores: int) -> Iterator[str]:
             f"{count} GPUs, but {local_ranks} ranks; set EVACLIP_RANKS_PER_NODE, or ask for as many GPUs as are wanted"
         )
     for number in range(count):
-        free, total = torch.cuda.mem_get_info(number)
+        try:
+            free, total = torch.cuda.mem_get_info(number)
+        except RuntimeError as error:  # an ECC error, say, or somebody has it for himself alone
+            yield f"GPU {number} cannot be used: {str(error).splitlines()[0]}; look at it with nvidia-smi"
+            continue
         own = torch.cuda.memory_reserved(number)
         if 1 - (free + own) / total > _IDLE_SHARE:
             yield f"GPU {number} has only {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; end what runs there"

@@ -316,6 +316,15 @@ def _announce(run: Run, reader: checkpoint.CheckpointReader | None) -> None:
     share = config.train.global_batch // ranks.world_size
     log.info("each rank takes its %d samples of a step in %d micro-batches", share, run.num_micro_batches)
     log.info("%d slots; the run can continue on %s ranks", run.plan.slots, ", ".join(map(str, worlds)))
+    per_rank = run.plan.slots // ranks.world_size
+    if per_rank < config.data.workers:
+        log.warning(
+            "data.workers %d, but a rank has %d of the %d slots, and a worker without one does nothing; lower it, or "
+            "give a new run more data.slots",
+            config.data.workers,
+            per_rank,
+            run.plan.slots,
+        )
     if config.train.overfit_one_batch:
         log.warning(
             "train.overfit_one_batch: every step takes the %d samples of step 1, same crops and dropped patches; "

@@ -17,6 +17,7 @@ from evaclip.data.order import hash64, name_hash
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import EvaclipError, WeightsError
 from evaclip.freezing import FrozenPiece, frozen_pieces, require_filled
+from evaclip.heartbeat import beat
 from evaclip.models.initial import draw
 from evaclip.models.vision import ImageTower
 from evaclip.weights.files import is_of_timm, require_timm_name
@@ -100,6 +101,7 @@ class StartingWeights:
 
         Under ZeRO-3 other ranks wait for this parameter, so a rank that cannot read it goes on with zeros till then.
         """
+        beat()  # together they may take an hour
         try:
             self._fill(name, parameter)
         except (EvaclipError, OSError) as error:

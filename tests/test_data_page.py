@@ -2,12 +2,9 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import pages
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -15,8 +12,7 @@ from tiny import COLOURS, jpeg
 
 from evaclip.history import load_history
 
-REPOSITORY = Path(__file__).parents[1]
-PAGE = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (pages.REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
 BLOCKS: list[tuple[str, str, str]] = re.findall(
     r"(?:<!-- (not run) -->\n)?```(bash|yaml|)\n(.*?)```", PAGE, flags=re.DOTALL
 )
@@ -57,16 +53,10 @@ def folder(tmp_path):
             "NSFW": ["UNLIKELY"] * 20 + ["NSFW"] * 4,
         }
         parquet.write_table(pyarrow.table(columns), tmp_path / f"parquet/{part}.parquet")
-    (tmp_path / "tools").symlink_to(REPOSITORY / "tools")
-    (tmp_path / "bin").mkdir()
-    for name, command in (("python", sys.executable), ("evaclip", f"{sys.executable} -m evaclip")):
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    return tmp_path
+    return pages.furnish(tmp_path)
 
 
 def test_every_block_of_the_page_works(folder):
-    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
     assert len(BLOCKS) == PAGE.count("```") / 2 > 8
     assert [("img2dataset" in text) for left_out, _, text in BLOCKS if left_out] == [True]
     printed = ""
@@ -75,12 +65,7 @@ def test_every_block_of_the_page_works(folder):
             (folder / "first.yaml").write_text(text)
         if language != "bash" or left_out:
             continue
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        printed += done.stdout + done.stderr
+        printed += pages.run(text, folder)
     shown = [text for left_out, language, text in BLOCKS if not language]
     assert len(shown) == 2
     for line in "".join(shown).splitlines():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from evaclip.heartbeat import FOLDER, read_beats
 
 DYING = """
@@ -27,6 +29,22 @@ def test_last_beat_outlives_the_process(tmp_path):
     (beat,) = read_beats(tmp_path)
     assert (beat.rank, beat.step, beat.phase) == (3, 7, "forward")
     assert before < beat.seconds < time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("beats", "step", "phase"),
+    [
+        (("'start'", "'evaluation'", "'data', 0", "'checkpoint'"), 0, "start"),  # before the first update is done
+        (("'data', 0", "'metrics', 1", "'checkpoint'"), 1, "checkpoint"),
+        (("'metrics', 1", "'evaluation'", ""), 1, "evaluation"),  # still
+        (("'start'", "'end'"), -1, "end"),
+    ],
+)
+def test_a_beat_names_the_phase_that_counts(tmp_path, beats, step, phase):
+    environment = {**os.environ, FOLDER: str(tmp_path), "RANK": "0"}
+    code = "from evaclip.heartbeat import beat; " + "; ".join(f"beat({beat})" for beat in beats)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert [(beat.step, beat.phase) for beat in read_beats(tmp_path)] == [(step, phase)]
 
 
 def test_without_a_launcher_nothing_is_written(tmp_path):

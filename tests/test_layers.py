@@ -135,6 +135,17 @@ def test_package_is_imported_in_one_module(package):
     assert users == ONLY_IN[package]
 
 
+def test_launchers_need_no_more_than_the_documents_say():
+    """docs/cluster.md: they run outside of the container that the ranks run in."""
+    wanted = "evaclip.cli, evaclip.cluster.supervisor, evaclip.cluster.node, evaclip.cluster.machines"
+    code = f"import sys; before = {{*sys.modules}}; import {wanted}; print(*({{*sys.modules}} - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    of_pydantic = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    known = {"evaclip", *of_pydantic, "yaml", "tqdm", "xxhash", "cython_runtime"}
+    assert {name for name in found if not name.startswith("_")} == known & found
+
+
 def test_configuration_and_order_do_not_import_torch():
     wanted = (
         "evaclip.config_file, evaclip.data.order, evaclip.optim.schedule, evaclip.cli, evaclip.metrics, evaclip.history"

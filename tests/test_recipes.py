@@ -75,7 +75,7 @@ GPUS |= {"eva02_e14": 144, "eva02_e14_plus": 144, "eva_clip_8b": 384, "eva_clip_
 def test_recipes_run_on_as_many_gpus_as_the_published_runs(load, name):
     run: RunConfig = load(name)
     batch, gpus = run.train.global_batch, GPUS[name]
-    assert choose_slots(batch, gpus, run.data.slots) % gpus == 0
+    assert choose_slots(batch, gpus, run.data.slots) // gpus >= run.data.workers, "a worker without a slot does nothing"
     assert batch == gpus * run.train.micro_batch
 
 

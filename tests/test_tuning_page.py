@@ -1,11 +1,8 @@
 """docs/tuning.md: its commands work, in their order, and its schedules are valid."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import pages
 import pytest
 import yaml
 from tiny import colour_records, tiny_tree
@@ -15,8 +12,7 @@ from evaclip.config import ScheduleConfig
 from evaclip.data.shards import write_shards
 from evaclip.history import load_history
 
-REPOSITORY = Path(__file__).parents[1]
-PAGE = (REPOSITORY / "docs/tuning.md").read_text(encoding="utf-8")
+PAGE = (pages.REPOSITORY / "docs/tuning.md").read_text(encoding="utf-8")
 BLOCKS: list[tuple[str, str]] = re.findall(r"```(bash|yaml)\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
@@ -25,23 +21,13 @@ def folder(tmp_path):
     write_shards(tmp_path / "pairs", colour_records(64), 64)
     tree = tiny_tree(tmp_path / "unused", {"shards": "pairs/00000.tar"})
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree))
-    (tmp_path / "tools").symlink_to(REPOSITORY / "tools")
-    (tmp_path / "bin").mkdir()
-    for name, command in (("python", sys.executable), ("evaclip", f"{sys.executable} -m evaclip")):
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    return tmp_path
+    return pages.furnish(tmp_path)
 
 
 def test_every_command_of_the_page_works(folder):
-    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
     assert len(BLOCKS) == PAGE.count("```") / 2 > 4
     for _, text in (block for block in BLOCKS if block[0] == "bash"):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        pages.run(text, folder)
     long, short = (load_history(folder / f"runs/{name}/metrics.jsonl") for name in ("long", "short"))
     assert len({row["lr/text"] for row in long}) == 1
     peak, rates = long[0]["lr/text"], [row["lr/text"] for row in short]

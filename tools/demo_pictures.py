@@ -296,10 +296,10 @@ def training_digits(digits: Sequence[Handwriting], renderings: int) -> Iterator[
         yield digit_pair(digit, Random(f"training digit {number} {rendering}"))
 
 
-def test_digits(digits: Sequence[Handwriting], renderings: int) -> Iterator[dict[str, bytes]]:
-    """Labelled renderings of each held-out digit."""
+def labelled_digits(digits: Sequence[Handwriting], renderings: int, split: str) -> Iterator[dict[str, bytes]]:
+    """Labelled renderings of each digit, others in each split."""
     for rendering, (number, digit) in itertools.product(range(renderings), enumerate(digits)):
-        image = render_digit(digit, Random(f"test digit {number} {rendering}"))
+        image = render_digit(digit, Random(f"{split} digit {number} {rendering}"))
         yield {"jpg": jpeg(image), "cls": str(digit.label).encode()}
 
 

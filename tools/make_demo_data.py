@@ -2,9 +2,9 @@
 
     python tools/make_demo_data.py data/demo
 
-Writes ``digits/train`` and ``scenes/train`` for training, and under ``eval`` held-out digits, scenes of never trained
-combinations, a retrieval set (all in CLIP_benchmark's layout) and pairs for the validation loss. Equal arguments make
-equal bytes. What is in the pictures, ``demo_pictures`` decides.
+Writes ``digits/train`` and ``scenes/train`` for training, and under ``eval`` held-out digits (beside labelled training
+digits, for classifiers), scenes of never trained combinations, a retrieval set (all in CLIP_benchmark's layout) and
+pairs for the validation loss. Equal arguments make equal bytes. What is in the pictures, ``demo_pictures`` decides.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from demo_pictures import (
     DIGITS,
     SCENE_TEMPLATES,
     all_scenes,
+    labelled_digits,
     load_handwriting,
     retrieval_scenes,
-    test_digits,
     test_scenes,
     training_digits,
     training_scenes,
@@ -63,21 +63,25 @@ def write_training(folder: Path, records: Iterable[dict[str, bytes]]) -> int:
     return sum(Shard(path).num_records for path in write_shards(folder, keyed(), RECORDS_PER_SHARD))
 
 
-def write_benchmark(
-    folder: Path, records: Iterable[dict[str, bytes]], *, classes: Sequence[str] = (), templates: Sequence[str] = ()
-) -> int:
-    """Write a test split in CLIP_benchmark's WebDataset layout, in one shard; returns the number of records."""
-    split = folder / "test"
+def write_split(split: Path, records: Iterable[dict[str, bytes]]) -> int:
+    """Write a split in CLIP_benchmark's WebDataset layout, in one shard; returns the number of records."""
     keyed = [(f"s{number:07d}", members) for number, members in enumerate(records)]
     (tar,) = write_shards(split, keyed, len(keyed))
     Path(index_path(tar, None)).rename(index_path(split / "0.tar", None))
     tar.rename(split / "0.tar")
-    texts = {"test/nshards.txt": ["1"], "classnames.txt": classes, "zeroshot_classification_templates.txt": templates}
-    if not classes:
-        texts = {"test/nshards.txt": ["1"], "dataset_type.txt": ["retrieval"]}
-    for name, lines in texts.items():
-        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (split / "nshards.txt").write_text("1\n", encoding="utf-8")
     return len(keyed)
+
+
+def write_benchmark(
+    folder: Path, records: Iterable[dict[str, bytes]], *, classes: Sequence[str] = (), templates: Sequence[str] = ()
+) -> int:
+    """Write a set of a test split in that layout; returns the number of records."""
+    count = write_split(folder / "test", records)
+    texts = {"classnames.txt": classes, "zeroshot_classification_templates.txt": templates}
+    for name, lines in (texts if classes else {"dataset_type.txt": ["retrieval"]}).items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return count
 
 
 def write_all(out: Path, scale: float) -> dict[str, int]:
@@ -95,8 +99,12 @@ def write_all(out: Path, scale: float) -> dict[str, int]:
         "digits/train": write_training(out / "digits/train", training_digits(training, RENDERINGS)),
         "scenes/train": write_training(out / "scenes/train", training_scenes(share(NUM_SCENES))),
         "eval/digits": write_benchmark(
-            evaluation / "digits", test_digits(held_out, TEST_RENDERINGS), classes=DIGITS, templates=DIGIT_TEMPLATES
+            evaluation / "digits",
+            labelled_digits(held_out, TEST_RENDERINGS, "test"),
+            classes=DIGITS,
+            templates=DIGIT_TEMPLATES,
         ),
+        "eval/digits/train": write_split(evaluation / "digits/train", labelled_digits(training, 1, "train")),
         "eval/scenes_unseen": write_benchmark(
             evaluation / "scenes_unseen", unseen, classes=names, templates=SCENE_TEMPLATES
         ),

@@ -16,6 +16,8 @@ class Machines(Protocol):
     """Name in files and messages."""
     num_nodes: int
     """That were asked for."""
+    num_left: int
+    """That the job still has, whether they answer or not, as of the last call of ``nodes``."""
     ranks_per_node: int
     in_a_queue: bool
     """There is a scheduler that a node can ask to start the job anew."""
@@ -61,7 +63,7 @@ class ThisMachine:
     """Some ranks on the machine that this process is on."""
 
     job = "local"
-    num_nodes = 1
+    num_nodes = num_left = 1
     in_a_queue = False
     may_requeue = False
     was_requeued = False

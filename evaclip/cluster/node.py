@@ -1,4 +1,4 @@
-"""One node's launcher: starts this node's ranks, watches them, and tells the supervisor. Decides nothing; no torch.
+"""One node's launcher: starts this node's ranks, watches them, and tells the supervisor, which decides; no torch.
 
 Why not torchrun: it ends what is left of a run with SIGTERM and then waits for up to 30 s (a rank that hangs in a
 collective takes all of them), turns every exit code into 1, tells no stacks, leaves its ranks alive when it is killed
@@ -27,21 +27,17 @@ from typing import Any
 
 from evaclip.cluster.behind import Behind
 from evaclip.cluster.processes import RankProcess, most_telling, state, write_stacks
+from evaclip.cluster.protocol import LEFT_WELL, ONE_REQUEST_SECONDS, REPORT_SECONDS, STALLED_SECONDS
 from evaclip.cluster.slurm import SlurmJob
 from evaclip.errors import EvaclipError
 from evaclip.heartbeat import FOLDER, read_beats
 
-REPORT_SECONDS = 0.5
-"""Between two reports of a node."""
-
 _KILLED_SECONDS = 0.5  # for the others to end by themselves, and with their own words, after one was killed
 _FAILED_SECONDS = 5.0  # the same after one ended with an error, which the others may know too
-_WELL = (0, os.EX_TEMPFAIL)  # codes of ranks that leave together; the first one may upload for a while
 _SIGNS_IN_A_REPORT = 8
+_MOST_DEAD_SPARES = 3
 _DYING_SECONDS = 20.0
 _FRESH_SECONDS = 12.0  # in which a supervisor that lives writes cluster.json several times
-_STALLED_SECONDS = 5.0  # that this process itself stood still
-_ONE_REQUEST_SECONDS = 3.0  # in which one signal may come several times
 _ORPHANED_SECONDS = 2.0  # for SLURM to end this process, where it has ended the supervisor
 
 
@@ -53,6 +49,8 @@ class Node:
         self._selector = selectors.DefaultSelector()
         self._ranks: list[RankProcess] = []
         self._spares: list[RankProcess] = []
+        self._dead_spares = 0
+        """In this attempt: where they die, others would, and take the ranks' memory and cores at it."""
         self._command: list[str] = []
         self._attempt = 0
         self._beats = Path(tempfile.mkdtemp(prefix="evaclip_"))
@@ -83,7 +81,7 @@ class Node:
         reported, looked = 0.0, time.monotonic()
         try:
             while not self._dismissed:
-                if time.monotonic() - looked > _STALLED_SECONDS:  # suspended: orders may lie ready
+                if time.monotonic() - looked > STALLED_SECONDS:
                     self._asked += time.monotonic() - looked
                 looked = time.monotonic()
                 for key, _ in self._selector.select(0.05):
@@ -139,6 +137,7 @@ class Node:
         self._attempt, self._patience = order["attempt"], order["patience_seconds"]
         self._command, self._codes, self._deadline = order["command"], {}, None
         self._may_give_back, self._signalled_at, self._passed_on = order["may_give_back"], 0.0, False
+        self._dead_spares = 0
         for path in self._beats.iterdir():
             path.unlink()
         self._logs = Path(order["logs"])
@@ -173,8 +172,11 @@ class Node:
         """Have one spare per rank, once the ranks are through with what takes the machine's cores at the start."""
         beats = read_beats(self._beats)
         if self._ranks and len(beats) == len(self._ranks) and all(beat.phase != "start" for beat in beats):
-            self._spares = [rank for rank in self._spares if rank.process.poll() is None]
-            self._spares += [self._new() for _ in range(len(self._ranks) - len(self._spares))]
+            living = [rank for rank in self._spares if rank.process.poll() is None]
+            self._dead_spares += len(self._spares) - len(living)
+            self._spares = living
+            if self._dead_spares < _MOST_DEAD_SPARES:
+                self._spares += [self._new() for _ in range(len(self._ranks) - len(self._spares))]
 
     def _end_together(self) -> None:
         """When a rank has ended, give the others a while, then kill them; when all have, say so."""
@@ -184,7 +186,8 @@ class Node:
         if not self._codes:
             return
         codes = [code for code in self._codes.values() if code is not None] or [-signal.SIGKILL]
-        if self._deadline is None and not all(code in _WELL for code in codes):
+        # Those that leave well do so together, but the first one may upload for a while.
+        if self._deadline is None and not all(code in LEFT_WELL for code in codes):
             self._deadline = time.monotonic() + (_KILLED_SECONDS if min(codes) < 0 else _FAILED_SECONDS)
         if len(self._codes) < len(self._ranks):
             if self._deadline is not None and time.monotonic() > self._deadline:
@@ -237,7 +240,7 @@ class Node:
 
         Those that have left well are not missed.
         """
-        now, left = time.monotonic(), {number for number, code in self._codes.items() if code in _WELL}
+        now, left = time.monotonic(), {number for number, code in self._codes.items() if code in LEFT_WELL}
         return [
             [beat.rank, beat.pid, beat.step, beat.phase, round(now - beat.seconds, 2), state(beat.pid)]
             for beat in read_beats(self._beats)
@@ -247,7 +250,7 @@ class Node:
     def _signalled(self, number: int, _frame: object) -> None:
         """The scheduler signals the processes of a step, perhaps only these; what a second time means is not for us."""
         now = time.monotonic()
-        again = bool(self._signalled_at) and now - self._signalled_at > _ONE_REQUEST_SECONDS
+        again = bool(self._signalled_at) and now - self._signalled_at > ONE_REQUEST_SECONDS
         self._signalled_at = self._signalled_at or now
         self._tell("signalled", number=number, again=again)
         self._send(number)

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from evaclip.cluster.behind import Behind
-
-STACKS_SECONDS = 8.0
-"""For py-spy on one node."""
+from evaclip.cluster.protocol import STACKS_SECONDS
 
 _LAST_LINES = 20  # of a rank's output that are looked at when it fails
 _WORDS = 300  # bytes that are told of them

@@ -49,7 +49,7 @@ class SlurmJob:
         # A task of an array: the number of the last one stands for all of them.
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         self._name = f"{array}_{task}" if array else self.job
-        self.num_nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+        self.num_nodes = self.num_left = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
         # One rank per GPU; on CPUs what --ntasks-per-node says.
         counts = ("EVACLIP_RANKS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_NTASKS_PER_NODE")
         ranks = next((environment[name] for name in counts if environment.get(name)), "1")
@@ -89,10 +89,12 @@ class SlurmJob:
         if not listed or listed[1] == "(null)":
             return []
         states = _ask("sinfo", "--all", "--noheader", "--Node", "--nodes", listed[1], "--format", "%N %T")
-        if not states:
+        names = _ask("scontrol", "show", "hostnames", listed[1]).split()
+        if not states or not names:
             return None
+        self.num_left = len(names)
         usable = {name for name, state in (line.split() for line in states.splitlines()) if not _UNUSABLE.search(state)}
-        return [name for name in _ask("scontrol", "show", "hostnames", listed[1]).split() if name in usable]
+        return [name for name in names if name in usable]
 
     def address(self, node: str) -> str:
         """Where SLURM itself reaches a node, or what ``EVACLIP_ADDRESS`` makes of its name: ``{node}-ib0``."""

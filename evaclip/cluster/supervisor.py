@@ -24,7 +24,7 @@ from typing import Any
 
 import evaclip
 from evaclip import config_file
-from evaclip.checkpoint_names import complete, step_name, step_of
+from evaclip.checkpoint_names import complete, newest_step, saved_slots
 from evaclip.cluster.behind import Behind
 from evaclip.cluster.machines import Machines
 from evaclip.cluster.policy import Attempt, Decision, Sign, choose_nodes, decide, unfit_nodes
@@ -125,7 +125,7 @@ class Supervisor:
         if ending.lost:
             self._suspects |= ending.lost
             self._close()
-        saved = newest_checkpoint(self.run_dir)
+        saved = newest_step(self.run_dir / "checkpoints")
         self.attempts.append(Attempt(nodes, ending.cause, ending.detail, ending.step, saved, ending.blamed))
         may_requeue = self._may_requeue()
         decision = decide(self.attempts, self.config.cluster, may_requeue=may_requeue)
@@ -165,8 +165,9 @@ class Supervisor:
     def _nodes(self) -> tuple[str, ...]:
         """Nodes for the next attempt; waits a while for enough of them."""
         machines, config = self.machines, self.config
-        newest = newest_checkpoint(self.run_dir)
-        slots = saved_slots(self.run_dir, newest) or choose_slots(config.train.global_batch, 1, config.data.slots)
+        saved = complete(self.run_dir / "checkpoints")
+        own = saved_slots(saved[-1]) if saved else None
+        slots = own or choose_slots(config.train.global_batch, 1, config.data.slots)
         deadline = time.monotonic() + _NODES_BACK_SECONDS
         while not self.request.numbers:
             there = machines.nodes()
@@ -192,8 +193,8 @@ class Supervisor:
             if len(available) == machines.num_nodes:
                 # All are there, and do not divide the work: say so as a single machine would.
                 choose_slots(config.train.global_batch, machines.num_nodes * machines.ranks_per_node, slots)
-            if time.monotonic() > deadline:
-                break
+            if time.monotonic() > deadline or machines.num_left < (config.cluster.min_nodes or machines.num_nodes):
+                break  # what SLURM has taken away from the job does not come back
             self._sleep(1.0)
         return ()
 
@@ -218,8 +219,6 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.request.numbers:
             time.sleep(0.1)
-            if self._launchers:
-                self._launchers.order("alive")
 
     def _close(self) -> None:
         if self._launchers:
@@ -263,22 +262,6 @@ def earlier_attempts(run_dir: Path, job: str, what: str) -> list[Attempt]:
     ]
 
 
-def newest_checkpoint(run_dir: Path) -> int | None:
-    """Step of the newest checkpoint that has got its name."""
-    found = complete(run_dir / "checkpoints")
-    return step_of(found[-1]) if found else None
-
-
-def saved_slots(run_dir: Path, step: int | None) -> int | None:
-    """Slots of the data order that a checkpoint continues."""
-    if step is None:
-        return None
-    try:
-        return int(json.loads((run_dir / "checkpoints" / step_name(step) / "meta.json").read_bytes())["slots"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check: bool) -> int:
     """Run a job; the exit code: 0 where the run is complete, 75 where it was asked to stop, 1 otherwise.
 
@@ -304,7 +287,7 @@ def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check:
         snapshot = take(run_dir, machines.job, config_file.dump(config), renew=renew)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another folder") from error
-    if not machines.was_requeued:  # where launch/slurm.sh finds it after a requeue
+    if machines.in_a_queue and not machines.was_requeued:  # where launch/slurm.sh finds it after a requeue
         with suppress(OSError):
             pointer = Path(evaclip.__file__).parents[1] / ".jobs" / machines.job
             pointer.parent.mkdir(exist_ok=True)
@@ -331,7 +314,7 @@ def plan(config: RunConfig, machines: Machines | None) -> str:
     ours = ("EVACLIP_", "NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_")
     settings = [f"  {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(ours)]
     run_dir = Path(config.run_dir)
-    lines = [f"run_dir {run_dir.absolute()}, newest checkpoint: {newest_checkpoint(run_dir)}"]
+    lines = [f"run_dir {run_dir.absolute()}, newest checkpoint: {newest_step(run_dir / 'checkpoints')}"]
     if machines:
         nodes = machines.nodes() or []
         command = shlex.join(machines.start_command(nodes, _python("node")))

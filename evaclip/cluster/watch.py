@@ -13,27 +13,27 @@ import re
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 from evaclip.cluster.policy import Cause, Sign, silent_ranks
+from evaclip.cluster.protocol import LEFT_WELL, ONE_REQUEST_SECONDS, REPORT_SECONDS, STACKS_SECONDS, STALLED_SECONDS
 from evaclip.config import ClusterConfig
 
 _log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 1.0
-_ONE_REQUEST_SECONDS = 3.0  # in which a signal reaches all processes that the scheduler sends it to
-_STACKS_SECONDS = 12.0  # for py-spy on all nodes
+_ALIVE_SECONDS = 1.0
+_STACKS_SECONDS = STACKS_SECONDS + 4  # on all nodes
 _OTHERS_SECONDS = 6.0  # after one node's ranks have ended with an error: longer than a node gives its own
 _KILL_SECONDS = 30.0  # for nodes to kill their ranks, whose drivers may take a while
-_SPEAKING_SECONDS = 3.0  # without a report of a node, of which there are two a second
+_SPEAKING_SECONDS = 6 * REPORT_SECONDS  # without a report of a node
 _LEAVE_SECONDS = 3.0  # for the launchers themselves
 _LAST_SECONDS = 45.0  # before the job's time is over: to put it back into the queue
-_STALLED_SECONDS = 5.0
 _MOST_STRANGE = 3  # lines that are no reports, which are told
-_WELL = (0, os.EX_TEMPFAIL)  # exit codes
 
 
 class Launchers:
@@ -50,15 +50,24 @@ class Launchers:
         assert self.process.stdin
         assert self.process.stdout
         self._orders, self._reports, self._torn = self.process.stdin, self.process.stdout, b""
+        self._writing = threading.Lock()
+        self._closed = threading.Event()
+        # Beside what this process waits for: SLURM's commands may take minutes, and nodes whose supervisor is silent
+        # take it for lost.
+        threading.Thread(target=self._keep_alive, name="alive", daemon=True).start()
         os.set_blocking(self._reports.fileno(), False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._reports, selectors.EVENT_READ)
 
     def order(self, order: str, **content: Any) -> None:
         """Send an order to all nodes."""
-        with suppress(OSError):  # it has ended: the watch sees that
+        with self._writing, suppress(OSError, ValueError):  # it has ended: the watch sees that
             self._orders.write((json.dumps({"order": order, **content}) + "\n").encode())
             self._orders.flush()
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(_ALIVE_SECONDS):
+            self.order("alive")
 
     def reports(self, seconds: float) -> list[dict[str, Any]]:
         """What the nodes have said, waiting for it at most so long."""
@@ -83,14 +92,17 @@ class Launchers:
 
     def close(self) -> None:
         """End the launchers, and what they started."""
+        self._closed.set()
         self.order("leave")
-        with suppress(OSError):
+        with self._writing, suppress(OSError):
             self._orders.close()
         try:
             self.process.wait(_LEAVE_SECONDS)
         except subprocess.TimeoutExpired:  # srun waits for a node that is lost
             self.process.kill()
             self.process.wait()
+        self._selector.close()
+        self._reports.close()
 
 
 class StopSignals:
@@ -102,7 +114,7 @@ class StopSignals:
 
     def receive(self, number: int, _frame: object = None) -> None:
         """Take a signal; one that reaches several processes is one."""
-        if not self.numbers or time.monotonic() - self._last > _ONE_REQUEST_SECONDS:
+        if not self.numbers or time.monotonic() - self._last > ONE_REQUEST_SECONDS:
             self.numbers.append(number)
             self._last = time.monotonic()
 
@@ -161,14 +173,13 @@ class Watch:
             for report in self.launchers.reports(0.1):
                 self._take(report)
             now = time.monotonic()
-            if now - looked > _STALLED_SECONDS:  # this process itself stood still; what was said meanwhile comes now
+            if now - looked > STALLED_SECONDS:
                 self._heard = {node: heard + now - looked for node, heard in self._heard.items()}
             looked = now
             if ending := self._stopped() or self._ending():
                 return ending
             if now - told >= _STATUS_SECONDS:
                 told = now
-                self.launchers.order("alive")
                 self.tell(self.signs)
 
     @property
@@ -199,7 +210,8 @@ class Watch:
             if all(sign.phase == "start" for sign in self.signs):
                 return self._finish("asked to stop", "stopped in its start, where there is nothing to save")
             self.launchers.order("signal", number=int(signal.SIGTERM))
-            self._last_moment = time.monotonic() + self._seconds_left() - _LAST_SECONDS
+            left = self._seconds_left()
+            self._last_moment = time.monotonic() + left - min(_LAST_SECONDS, left / 2)
         if self._last_moment is not None and time.monotonic() > self._last_moment:
             return self._finish("asked to stop", "not saved before the job's time was over")
         return None
@@ -295,9 +307,15 @@ class Watch:
             return Ending("complete", "complete", self._step())
         if ended == {os.EX_TEMPFAIL}:
             return Ending("asked to stop", "saved and stopped", self._step())
-        # To blame is who was killed, else who refused, else the first of a node to fail; others died of it.
+        # To blame is who was killed, else who refused, else the first of a node to fail; others died of it. NCCL aborts
+        # whoever waits for a rank that has failed, so an abort blames last.
         known = [(rank, code) for rank, code in codes if code]
-        order = [lambda code: code < 0, lambda code: code == os.EX_CONFIG, lambda code: code not in _WELL]
+        order = [
+            lambda code: code < 0 and code != -signal.SIGABRT,
+            lambda code: code == os.EX_CONFIG,
+            lambda code: code > 0 and code not in LEFT_WELL,
+            lambda code: code < 0,
+        ]
         rank, code = next(((rank, code) for fits in order for rank, code in known if fits(code)), (-1, 0))
         sign = self._signs.get(rank)
         who = str(sign) if sign else f"rank {rank}"
@@ -316,4 +334,4 @@ class Watch:
 
 
 def _left_well(report: dict[str, Any]) -> bool:
-    return all(code in _WELL for _, code in report["codes"])
+    return all(code in LEFT_WELL for _, code in report["codes"])

@@ -121,9 +121,11 @@ class DataConfig(Section):
     """Name -> source; the names appear in metrics and are part of the data order."""
     augment: AugmentConfig = AugmentConfig()
     workers: NonNegativeInt = 4
-    """Decoding processes per rank; 0 decodes in the training process. Has no influence on the batches."""
+    """Decoding processes per rank, at most one per slot; 0 decodes in the training process. Has no influence on the
+    batches."""
     slots: PositiveInt | None = None
-    """Independent streams that fill a batch; null takes the smallest divisor of the global batch from 256 up."""
+    """Independent streams that fill a batch: a multiple of the ranks, best of ranks x workers. null takes the smallest
+    divisor of the global batch from 256 up."""
     block_records: PositiveInt = 64
     """Most consecutive records of a shard that stay together when a pass is shuffled."""
     window_blocks: PositiveInt = 16

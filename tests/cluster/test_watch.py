@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from evaclip.cluster import watch as module
-from evaclip.cluster.watch import Ending, StopSignals, Watch
+from evaclip.cluster.watch import Ending, Launchers, StopSignals, Watch
 from evaclip.config import ClusterConfig
 
 NODES = ("n1", "n2")
@@ -61,11 +62,15 @@ def left(node: str, rank: int, code: int | None, words: str = "") -> dict[str, A
 
 
 def watched(
-    *turns: list[dict[str, Any]], request: StopSignals | None = None, then: tuple[str, ...] = NODES, **limits: float
+    *turns: list[dict[str, Any]],
+    request: StopSignals | None = None,
+    then: tuple[str, ...] = NODES,
+    seconds_left: float = 1e9,
+    **limits: float,
 ) -> tuple[Ending, Reports]:
     launchers = Reports(turns, then)
     config = ClusterConfig.model_validate({"start_timeout_seconds": 60, "step_timeout_seconds": 10, **limits})
-    watch = Watch(launchers, config, request or StopSignals(), lambda signs: None, lambda: 1e9)  # pyright: ignore[reportArgumentType]
+    watch = Watch(launchers, config, request or StopSignals(), lambda signs: None, lambda: seconds_left)  # pyright: ignore[reportArgumentType]
     return watch.run({"attempt": 1}), launchers
 
 
@@ -80,6 +85,8 @@ RANK_1 = "rank 1 on n2 (in forward of step 8, process 101)"
         ((75, 75), "asked to stop", "saved and stopped", None),
         ((None, -9), "a rank died", f"{RANK_1} was ended by SIGKILL", "n2"),
         ((1, -9), "a rank died", "rank 1 on n2 (in forward of step 8, process 101) was ended by SIGKILL", "n2"),
+        ((1, -6), "a rank died", "rank 0 on n1 (in forward of step 8, process 100) ended with code 1: ", "n1"),
+        ((None, -6), "a rank died", f"{RANK_1} was ended by SIGABRT", "n2"),
         ((1, 78), "refused", "rank 1 on n2 (in forward of step 8, process 101) ended with code 78: [rank 1] no", "n2"),
         (
             (None, 1),
@@ -130,8 +137,43 @@ def test_one_request_reaches_the_ranks_once_however_many_nodes_tell_of_it():
     assert "kill" not in launchers.orders
 
 
+def test_half_of_a_short_grace_is_left_to_the_ranks():
+    signalled = [report("signalled", "n1", number=int(signal.SIGTERM), again=False)]
+    ends = [left(node, rank, os.EX_TEMPFAIL) for rank, node in enumerate(NODES)]
+    ending, _ = watched(BOTH, signalled, BOTH, ends, seconds_left=20)
+    assert ending.detail == "saved and stopped"
+
+
+def test_who_is_not_gone_before_the_jobs_end_is_killed():
+    signalled = [report("signalled", "n1", number=int(signal.SIGTERM), again=False)]
+    ending, launchers = watched(BOTH, signalled, seconds_left=0.2)
+    assert ending.detail == "not saved before the job's time was over"
+    assert launchers.orders[-1] == "kill"
+
+
+LISTENING = """
+import sys
+for line in sys.stdin:
+    if "alive" in line:
+        print('{"report": "alive", "node": "n1"}', flush=True)
+    if "leave" in line:
+        break
+"""
+
+
+def test_nodes_hear_that_their_supervisor_lives_while_it_waits_for_something_else(monkeypatch):
+    monkeypatch.setattr(module, "_ALIVE_SECONDS", 0.05)
+    launchers = Launchers(["n1"], [sys.executable, "-c", LISTENING])
+    heard = launchers.reports(20)
+    time.sleep(0.5)  # in the place of a question to SLURM
+    heard += launchers.reports(1)
+    launchers.close()
+    assert len(heard) > 2
+    assert launchers.process.returncode == 0
+
+
 def test_a_second_request_at_the_same_node_ends_it_at_once(monkeypatch):
-    monkeypatch.setattr(module, "_ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(module, "ONE_REQUEST_SECONDS", 0.0)
     first, second = (report("signalled", "n1", number=int(signal.SIGTERM), again=again) for again in (False, True))
     ending, launchers = watched(BOTH, [first], BOTH, [second])
     assert ending.detail == "stopped at once by a second signal"

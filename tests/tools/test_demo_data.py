@@ -174,6 +174,9 @@ def test_held_out_digits_are_in_clip_benchmarks_layout(demo):
     assert len(found) == round(364 * SCALE) * make_demo_data.TEST_RENDERINGS
     assert {"jpg", "cls"} == set(found[0].members)
     assert all(0 <= label_of(record, 10) < 10 for record in found)
+    train = opened(dataset.model_copy(update={"split": "train"}))
+    assert len(train) == round(1433 * SCALE)
+    assert not {record.members["jpg"] for record in train} & {record.members["jpg"] for record in found}
 
 
 def test_retrieval_images_are_of_distinct_combinations_with_five_captions_each(demo):
