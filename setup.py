@@ -38,7 +38,6 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "remote": ["fsspec[http,s3,gs]>=2024.5"],
-        "eval": ["scikit-learn>=1.4"],
         "plot": ["matplotlib>=3.8"],
         "languages": ["tokenizers>=0.21"],
         "parquet": ["pyarrow>=15.0"],

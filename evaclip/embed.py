@@ -90,7 +90,7 @@ def embed(
         bench = Bench(encoder, clip.config, tokenizer, Ranks(device=ranks.device), batch, workers, most)
         todo = [n for n in range(ranks.rank, len(about.shards), ranks.world_size) if not features.is_whole(n)]
         embed_shards(bench, features, todo, index_dir, quiet=not ranks.is_main)
-        if (todo or ranks.is_main) and not features.missing():
+        if (todo or ranks.is_main) and features.may_be_complete() and not features.missing():
             print(_summary(features, len(damaged)))  # noqa: T201  what the command is for
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -148,6 +149,10 @@ class Features:
             return False
         return shapes == {(account.rows, self.about.embed_dim)}
 
+    def may_be_complete(self) -> bool:
+        """Whether there are as many files of metadata as parts; cheap, and no proof."""
+        return sum(1 for _ in (self.folder / "metadata").glob("metadata_*.parquet")) == len(self.about.shards)
+
     def missing(self) -> list[int]:
         """Numbers of the parts that are not whole."""
         return [number for number in range(len(self.about.shards)) if not self.is_whole(number)]
@@ -246,7 +251,7 @@ def _pyarrow() -> tuple[Any, Any]:
 def _replacing(path: Path) -> Generator[IO[bytes]]:
     """A file that gets its name when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -49,7 +49,7 @@ class StateBytes(NamedTuple):
     gradients: float
     """With DeepSpeed's bucket: 1 or 2 GB."""
     optimizer: float
-    """Both moments, fp32."""
+    """Both moments, and the average where there is one, fp32."""
 
 
 def state_bytes(num_parameters: int, config: RunConfig, world_size: int, num_frozen: int = 0) -> StateBytes:
@@ -69,14 +69,16 @@ def state_bytes(num_parameters: int, config: RunConfig, world_size: int, num_fro
     sixteen_bit = config.train.precision == "bf16_weights"
     stored = 2 if sixteen_bit else 4
     copies = 2 * learning if config.train.precision in ("bf16", "fp16") else 0
+    moments = 12 if config.optim.ema_decay else 8
     if not isinstance(engine, DeepSpeedEngineConfig):
         masters = 4 * learning if sixteen_bit else 0
-        return StateBytes(stored * num_parameters + masters + copies, 4 * learning, 8 * learning)
+        return StateBytes(stored * num_parameters + masters + copies, 4 * learning, moments * learning)
     stage, here = engine.zero_stage, not engine.offload_optimizer
     held = num_parameters / world_size + min(learning, _GATHERED) if stage == 3 else num_parameters
     weights = stored * held + 4 * share * here + copies
     gradients = stored * learning if stage == 1 else 4 * share * here
-    return StateBytes(weights, gradients + (4 if stage == 3 else stored) * min(_BUCKET, learning), 8 * share * here)
+    gradients += (4 if stage == 3 else stored) * min(_BUCKET, learning)
+    return StateBytes(weights, gradients, moments * share * here)
 
 
 def activation_bytes(

@@ -287,7 +287,7 @@ class Report:
             with agreed(run.ranks):
                 give_way()
             results = _measure(run, give_way)
-            if run.config.optim.ema_decay:
+            if run.config.optim.ema_decay and run.step:  # before the first step it is the weights
                 with _averaged(run):
                     found = _measure(run, give_way)
                 results += [replace(result, name=f"{result.name}.ema") for result in found]
@@ -335,14 +335,20 @@ def _measure(run: Run, give_way: Callable[[], None]) -> list[Result]:
 
 @contextmanager
 def _averaged(run: Run) -> Generator[None]:
-    """With the averaged weights in the place of the weights."""
-    run.engine.optimizer.swap_ema()
-    run.engine.refresh_weights()
+    """With the averaged weights in the place of the weights; they stay there where one rank alone fails."""
+
+    def swap() -> None:
+        run.engine.optimizer.swap_ema()
+        run.engine.refresh_weights()  # under ZeRO-3 all ranks take part
+
+    swap()
     try:
         yield
-    finally:
-        run.engine.optimizer.swap_ema()
-        run.engine.refresh_weights()
+    except BaseException as error:
+        if run.ranks.world_size == 1 or (isinstance(error, EvaclipError) and error.on_all_ranks):
+            swap()
+        raise
+    swap()
 
 
 @contextmanager

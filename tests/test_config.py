@@ -206,6 +206,10 @@ def test_unknown_model_names_are_refused_with_the_list():
         ({"eval__every_steps": 5}, r"eval\.every_steps is set, but eval\.datasets is empty"),
         ({"checkpoint__keep_best": "eval/digits/top1"}, "is no metric of eval.datasets; there are none"),
         (
+            {"optim__ema_decay": 0.9, "eval__datasets": {name: {"path": "x"} for name in ("a", "a.ema")}},
+            "eval.datasets has a.ema, the name of a under optim.ema_decay; rename it",
+        ),
+        (
             {"checkpoint__keep_best": "eval/d/top", "eval__datasets": {"d": {"path": "p"}}},
             "eval/d/top is no metric of eval.datasets; there are eval/d/top1, eval/d/top5, eval/d/mean_per_class",
         ),

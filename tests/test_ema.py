@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from distributed.spawn import run_on_ranks
 from tiny import SYNTHETIC, tiny_config
 
 import evaclip
 from evaclip import cli
 from evaclip.checkpoint import CheckpointReader
+from evaclip.distributed import Ranks
+from evaclip.engine import create_engine
 from evaclip.errors import CheckpointError
 from evaclip.history import load_history
 from evaclip.loss import ContrastiveLoss
-from evaclip.train import train
+from evaclip.models.clip import create_model
+from evaclip.train import train, train_on
 
+CPU = torch.device("cpu")
 EMA = {"optim__ema_decay": 0.75, "checkpoint__every_steps": 1, "checkpoint__keep_last": 20, "train__steps": 8}
 
 
@@ -21,20 +28,43 @@ def saved(run_dir, step, *, ema):
     return CheckpointReader(run_dir / "checkpoints" / f"step_{step:08d}").weights(ema=ema)
 
 
-@pytest.mark.parametrize("engine", [{}, {"engine__name": "deepspeed", "engine__zero_stage": 2}])
-def test_each_update_moves_the_average_by_its_share(tmp_path, engine):
-    train(tiny_config(tmp_path, **EMA, **engine))
-    average = {name: value.double() for name, value in saved(tmp_path, 1, ema=True).items()}
+def zero(ranks, folder, *, stage):
+    """Train on two ranks."""
+    train_on(ranks, tiny_config(folder, **EMA, engine__name="deepspeed", engine__zero_stage=stage))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Engine -> folder of a run."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(tiny_config(folder / "torch", **EMA))
+    done = run_on_ranks(2, {f"zero{stage}": partial(zero, stage=stage) for stage in (2, 3)}, folder)
+    assert done == {"zero2": [None] * 2, "zero3": [None] * 2}
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["torch", "zero2", "zero3"])
+def test_each_update_moves_the_average_by_its_share(runs, engine):
+    run = runs / engine
+    average = {name: value.double() for name, value in saved(run, 1, ema=True).items()}
     for step in range(2, 9):
         kept = min(0.75, (1 + step) / (10 + step))
-        weights = saved(tmp_path, step, ema=False)
+        weights = saved(run, step, ema=False)
         average = {name: kept * value + (1 - kept) * weights[name].double() for name, value in average.items()}
-    found = saved(tmp_path, 8, ema=True)
+    found = saved(run, 8, ema=True)
     assert found.keys() == average.keys()
     assert "logit_scale" in found
     for name, value in found.items():
         torch.testing.assert_close(value.double(), average[name], rtol=2e-6, atol=1e-8)  # seven roundings of fp32
-    assert any(not torch.equal(value, saved(tmp_path, 8, ema=False)[name]) for name, value in found.items())
+    assert any(not torch.equal(value, saved(run, 8, ema=False)[name]) for name, value in found.items())
+
+
+def test_the_average_begins_as_the_fp32_masters(tmp_path):
+    config = tiny_config(tmp_path, train__precision="bf16_weights", optim__ema_decay=0.99)
+    engine = create_engine(config, create_model(config.model, seed=1), ContrastiveLoss(config.loss, CPU), Ranks())
+    pieces = list(engine.optimizer.local_pieces())
+    assert all(torch.equal(piece.tensors["ema"], piece.weight) for piece in pieces)
+    assert any(not torch.equal(piece.weight, piece.weight.bfloat16().float()) for piece in pieces)
 
 
 def test_a_bad_step_leaves_the_average_as_it_is(tmp_path, monkeypatch):
@@ -65,7 +95,8 @@ def test_weights_do_not_depend_on_it_and_evaluation_leaves_both_as_they_are(tmp_
     for name, value in saved(plain, 8, ema=False).items():
         assert torch.equal(value, saved(averaged, 8, ema=False)[name])
         assert torch.equal(saved(unmeasured, 8, ema=True)[name], saved(averaged, 8, ema=True)[name])
-    last = load_history(averaged / "metrics.jsonl")[-1]
+    first, *_, last = load_history(averaged / "metrics.jsonl")
+    assert {name.split("/")[1] for name in first if name.startswith("eval/")} == {"pairs"}, "both are the same there"
     assert {"eval/pairs/image_to_text_recall@1", "eval/pairs.ema/image_to_text_recall@1"} <= last.keys()
 
 

@@ -134,6 +134,16 @@ def test_what_is_frozen_is_stored_and_nothing_else(engine, precision):
     assert whole[1:] == part[1:]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_average_takes_four_bytes_more(engine):
+    plain, averaged = (
+        state_bytes(10**6, tiny_config("unused", **ENGINES[engine], optim__ema_decay=decay), 4)
+        for decay in (None, 0.99)
+    )
+    assert averaged[:2] == plain[:2]
+    assert averaged.optimizer == 1.5 * plain.optimizer
+
+
 def test_offloaded_optimizer_leaves_weights_and_a_bucket_on_the_gpu():
     config = tiny_config("unused", **ENGINES["zero2"], engine__offload_optimizer=True, train__precision="bf16_weights")
     assert state_bytes(10**10, config, 4) == (2e10, 1e9, 0)

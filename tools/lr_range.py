@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,9 @@ from evaclip import config_file
 from evaclip.accumulation import forward_backward
 from evaclip.config import DeepSpeedEngineConfig, RunConfig
 from evaclip.distributed import Ranks, started
-from evaclip.errors import ConfigError, EvaclipError, writing
+from evaclip.errors import ConfigError, EvaclipError
+from evaclip.picture import require_png
+from evaclip.plot import INSTALL, save
 from evaclip.run import open_run
 
 _SMOOTHING = 0.9  # weight of what was before
@@ -49,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE", type=Path, default=Path("lr_range.png"), help="PNG to be written")
     options = parser.parse_intermixed_args(arguments)
     try:
+        require_png(options.output)
+        if find_spec("matplotlib") is None:
+            raise ConfigError(INSTALL)
         config = ranged(config_file.load(options.config, options.overrides), options.highest, options.steps)
         if not 0 < options.lowest < options.highest:
             raise ConfigError(f"--lowest {options.lowest:g} has to be above 0 and below --highest {options.highest:g}")
@@ -116,13 +122,11 @@ def report(points: Sequence[Point], output: Path) -> None:
     """Print what is notable, and draw the curve.
 
     Raises:
-        ConfigError: matplotlib is missing, or the loss was never finite twice.
+        ConfigError: The loss was never finite twice.
         EvaclipError: The picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  an optional dependency, and slow
-    except ModuleNotFoundError as error:
-        raise ConfigError("the plot needs matplotlib, which is missing; pip install 'evaclip[plot]'") from error
+    from matplotlib.figure import Figure  # noqa: PLC0415  an optional dependency, and slow
+
     if sum(math.isfinite(point.smoothed) for point in points) < 3:
         raise ConfigError("the loss was not finite after two steps; lower --lowest")
     fastest, lowest = notable(points)
@@ -142,8 +146,7 @@ def report(points: Sequence[Point], output: Path) -> None:
     axes.set(xscale="log", xlabel="learning rate (optim.lr)", ylabel="training loss")
     axes.set_ylim(top=max(point.smoothed for point in points if math.isfinite(point.smoothed)) * 1.1)
     axes.legend(frameon=False, loc="lower left")
-    with writing(f"--output {output}"):
-        figure.savefig(output, format="png", dpi=130)
+    save(figure, output)
     print(output)
 
 

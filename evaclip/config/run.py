@@ -396,6 +396,9 @@ def _disagreements(run: RunConfig) -> list[str]:
     found.extend(_freeze_problems(run))
     if run.profile.start_step and run.profile.start_step > run.train.steps:
         found.append(f"profile.start_step {run.profile.start_step} lies behind train.steps {run.train.steps}")
+    taken = [name for name in run.eval.datasets if f"{name}.ema" in run.eval.datasets]
+    if run.optim.ema_decay and taken:
+        found.append(f"eval.datasets has {taken[0]}.ema, the name of {taken[0]} under optim.ema_decay; rename it")
     if run.eval.every_steps and not run.eval.datasets:
         found.append("eval.every_steps is set, but eval.datasets is empty")
     if run.checkpoint.keep_best:

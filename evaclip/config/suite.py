@@ -71,6 +71,8 @@ class SuiteConfig(Section):
         return self
 
     def _problems(self) -> Iterator[str]:
+        if "://" in self.root:
+            yield f"root {self.root} is no local folder; a set's own path may be a URL of shards"
         if both := sorted(self.datasets.keys() & self.averages):
             yield f"averages.{both[0]} has the name of a set; rename one of them"
         for name, average in self.averages.items():

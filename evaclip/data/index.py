@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,7 +187,7 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
     """Write an index so that half a file never looks like a whole one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(_to_bytes(index))

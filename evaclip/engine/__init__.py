@@ -58,6 +58,8 @@ def create_engine(
         if piece.row.name in masters:
             start, values = masters[piece.row.name]
             piece.weight.copy_(values[piece.start - start :][: len(piece.weight)])
+            if "ema" in piece.tensors:
+                piece.tensors["ema"].copy_(piece.weight)
     return engine
 
 

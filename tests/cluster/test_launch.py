@@ -20,7 +20,7 @@ from cluster.launched import (
     wait_for,
 )
 
-from evaclip.checkpoint import CheckpointReader
+from evaclip.checkpoint import damage
 from evaclip.checkpoint_names import complete
 from evaclip.data.shards import write_shards
 
@@ -93,8 +93,10 @@ def test_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == os.EX_TEMPFAIL
     assert restarts(run)[-1]["detail"] == "stopped at once by a second signal"
-    # What was being written has not got its name, and what has is whole: reading compares checksums.
-    assert [CheckpointReader(path).weights().keys() for path in complete(run / "checkpoints")]
+    # What was being written has not got its name, and what has is whole.
+    saved = complete(run / "checkpoints")
+    assert saved
+    assert [damage(path) for path in saved] == [None] * len(saved)
 
 
 def test_crash_that_repeats_at_one_step_ends_the_run_with_the_evidence(tmp_path: Path) -> None:

@@ -52,5 +52,7 @@ def test_the_command_leaves_a_picture_and_nothing_else(
     assert not list((tmp_path / "scratch").iterdir())
     assert lr_range.main([*command, "--steps", "9"]) == 1
     assert "--steps 9 show nothing; give at least 10" in capsys.readouterr().err
+    assert lr_range.main([*command[:2], "range.jpg"]) == 1
+    assert "--output range.jpg is no .png" in capsys.readouterr().err
     assert lr_range.main([*command, "--lowest", "1"]) == 1
     assert "--lowest 1 has to be above 0 and below --highest 0.1" in capsys.readouterr().err
