@@ -176,7 +176,10 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     embed.add_argument("--batch", type=_positive, default=256, help="per rank and forward pass (default: %(default)s)")
     embed.add_argument(
-        "--workers", type=_positive, default=4, help="processes per rank that read and decode (default: %(default)s)"
+        "--workers",
+        type=_positive,
+        default=min(4, len(os.sched_getaffinity(0))),
+        help="processes per rank that read and decode (default: 4, on fewer cores one for each)",
     )
     embed.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without one")
     embed.add_argument("--index-dir", metavar="DIR", help="as data.index_dir (default: indexes lie beside the shards)")
