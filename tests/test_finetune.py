@@ -140,7 +140,7 @@ def test_handwriting_is_learnt_by_the_whole_tower_as_a_head_alone_cannot(tmp_pat
     whole = tune(model, tmp_path / "set", tmp_path / "whole", layer_decay=0.9, **options)
     alone = tune(model, tmp_path / "set", tmp_path / "alone", layer_decay=1e-6, **options)
     assert whole["metrics"]["top1"] >= 0.65  # 0.75 seen
-    assert alone["metrics"]["top1"] <= 0.3  # 0.15 seen
+    assert alone["metrics"]["top1"] <= 0.3  # 0.16 seen
 
 
 def test_both_layouts_give_the_same(tmp_path, model, folders, shards):
