@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evaclip import config_file
-from evaclip.config import EvalConfig, SuiteConfig
+from evaclip.config import EvalConfig, FinetuneConfig, SuiteConfig
 from evaclip.errors import ConfigError, EvaclipError, RunLockedError, TrainingStoppedError
 from evaclip.logs import log_error
 
@@ -185,6 +185,21 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     embed.add_argument("--index-dir", metavar="DIR", help="as data.index_dir (default: indexes lie beside the shards)")
     embed.set_defaults(run=_embed)
 
+    finetune = commands.add_parser(
+        "finetune",
+        help="train the image tower and a linear head on a labelled set, and measure it",
+        epilog="every option:\n\n" + config_file.help_text(FinetuneConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
+    )
+    finetune.add_argument("model", metavar="MODEL", type=Path, help="run directory, checkpoint, or an export")
+    finetune.add_argument("dataset", metavar="DATASET", help="folder with the splits train and test, as evaluate reads")
+    finetune.add_argument(
+        "out", metavar="OUT", type=Path, help="folder of the result; the same command goes on with what is there"
+    )
+    finetune.add_argument("overrides", metavar="key=value", nargs="*", help="options, as below")
+    finetune.set_defaults(run=_finetune)
+
     export = commands.add_parser("export", help="write a model for other tools", parents=[shared])
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, checkpoint, or an export")
     export.add_argument("out", metavar="OUT", help="folder to be made")
@@ -353,6 +368,13 @@ def _embed(options: argparse.Namespace) -> None:
         precision=options.precision,
         index_dir=options.index_dir,
     )
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    config = config_file.from_overrides(options.overrides, "finetune", FinetuneConfig)
+    from evaclip.finetune import finetune  # noqa: PLC0415  as above
+
+    finetune(options.model, options.dataset, options.out, config)
 
 
 def _datasets(options: argparse.Namespace) -> dict[str, Any]:

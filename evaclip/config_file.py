@@ -44,6 +44,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), section: type[S] = Run
     return validate(sections, str(path), section)
 
 
+def from_overrides(overrides: Sequence[str], origin: str, section: type[S]) -> S:
+    """A section out of ``key=value`` alone, without a file.
+
+    Raises:
+        ConfigError: It is not valid; the message lists every problem.
+    """
+    tree: dict[str, Any] = {}
+    for item in overrides:
+        _override(tree, item)
+    return validate(tree, origin, section)
+
+
 def validate(tree: Mapping[str, Any], origin: str, section: type[S] = RunConfig) -> S:
     """Check a parsed configuration, or one of its sections.
 
@@ -231,8 +243,8 @@ def _default(field: FieldInfo) -> str:
     return "null" if value is None else str(list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value)
 
 
-def help_text() -> str:
+def help_text(section: type[BaseModel] = RunConfig) -> str:
     """All options with type, default and documentation."""
     return "\n".join(
-        f"  {option.path}  <{option.kind}>  default {option.default}\n      {option.doc}" for option in options()
+        f"  {option.path}  <{option.kind}>  default {option.default}\n      {option.doc}" for option in options(section)
     )

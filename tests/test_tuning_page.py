@@ -1,11 +1,12 @@
 """docs/tuning.md: its commands work, in their order, and its schedules are valid."""
 
+import json
 import re
 
 import pages
 import pytest
 import yaml
-from tiny import colour_records, tiny_tree
+from tiny import COLOURS, colour_records, tiny_tree
 
 from evaclip import config_file
 from evaclip.config import ScheduleConfig
@@ -21,6 +22,12 @@ def folder(tmp_path):
     write_shards(tmp_path / "pairs", colour_records(64), 64)
     tree = tiny_tree(tmp_path / "unused", {"shards": "pairs/00000.tar"})
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree))
+    for number, (_, members) in enumerate(colour_records(96)):
+        path = tmp_path / "colours" / ("train" if number < 64 else "test") / f"colour_{number % 4}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(members["jpg"])
+    (tmp_path / "colours/classnames.txt").write_text("".join(f"{name}\n" for name in COLOURS))
+    (tmp_path / "colours/zeroshot_classification_templates.txt").write_text("a {c} square\n")
     return pages.furnish(tmp_path)
 
 
@@ -33,6 +40,9 @@ def test_every_command_of_the_page_works(folder):
     peak, rates = long[0]["lr/text"], [row["lr/text"] for row in short]
     assert [row["step"] for row in short] == [11, 12, 13, 14, 15], "it went on from the checkpoint"
     assert rates == pytest.approx([0.8 * peak, 0.6 * peak, 0.4 * peak, 0.2 * peak, 0])
+    tuned = {name: json.loads((folder / f"tuned/{name}/result.json").read_text()) for name in ("zero", "prompts")}
+    assert tuned["zero"]["metrics"]["top1"] > 0.5, "four classes"
+    assert [row["step"] for row in tuned["prompts"]["epochs"]] == [0, 2, 4]
     assert (folder / "lr_range.png").read_bytes().startswith(b"\x89PNG")
 
 

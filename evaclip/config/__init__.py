@@ -22,6 +22,7 @@ from evaclip.config.data import (
     ValidationLossDataset,
     ZeroShotDataset,
 )
+from evaclip.config.finetune import FinetuneConfig
 from evaclip.config.model import (
     CLIP_VOCABULARY,
     AnyImageTower,
@@ -75,6 +76,7 @@ __all__ = [
     "EvalDataset",
     "FieldFilter",
     "FilterConfig",
+    "FinetuneConfig",
     "Freeze",
     "ImageConfig",
     "ImageTowerConfig",

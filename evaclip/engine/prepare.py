@@ -57,10 +57,10 @@ class PreparedTowers(nn.Module):
                 return known._replace(image=self.clip.encode_image(images, normalize=True, seeds=seeds))
             return known._replace(text=self.clip.encode_text(text, normalize=True))
 
-    def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
+    def encode_image(self, images: Tensor, *, normalize: bool = False, seeds: Tensor | None = None) -> Tensor:
         """See ``CLIP.encode_image``."""
         with self._autocast():
-            return self.clip.encode_image(images, normalize=normalize)
+            return self.clip.encode_image(images, normalize=normalize, seeds=seeds)
 
     def encode_text(self, text: PackedText, *, normalize: bool = False) -> Tensor:
         """See ``CLIP.encode_text``."""

@@ -9,7 +9,7 @@ knows the model.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -147,9 +147,20 @@ def _folder_shards(root: Path, split: str) -> list[str]:
 
 
 def image_of(
-    record: EvalRecord, config: ImageConfig, max_pixels: int, dataset: EvalDataset
+    record: EvalRecord,
+    config: ImageConfig,
+    max_pixels: int,
+    dataset: EvalDataset,
+    square: Callable[[bytes], UInt8[Tensor, "3 height width"]] | None = None,
 ) -> UInt8[Tensor, "frames 3 height width"]:
     """The image, or so many frames as the set asks for, decoded in full and cropped as set and model want it.
+
+    Args:
+        record: Holds it.
+        config: Side of the square, and the model's way to it.
+        max_pixels: Larger images are refused.
+        dataset: How many frames, and the set's own way to a square.
+        square: Another way from an encoded image to its square, such as that of training.
 
     Raises:
         UnusableRecordError: There is no image, or it cannot be decoded.
@@ -165,15 +176,15 @@ def image_of(
         kind = "image" if dataset.frames is None else "numbered frames"
         found = f"{record.where} has no {kind} ({', '.join(IMAGE_KEYS)}), only {', '.join(record.members)}"
         raise UnusableRecordError(found, "no_image")
-    resize = dataset.resize or config.resize
+    size, resize = config.image_size, dataset.resize or config.resize
+    square = square or (lambda data: eval_crop(load_eval(data, max_pixels=max_pixels), size, resize))
     try:
-        squares = [eval_crop(load_eval(data, max_pixels=max_pixels), config.image_size, resize) for data in images]
+        return torch.stack([square(data) for data in images])
     except BadImageError as error:
         raise UnusableRecordError(
-            f"{record.where}: the image is unusable ({error}); repair or remove it, evaluation skips nothing",
+            f"{record.where}: the image is unusable ({error}); repair or remove it, nothing is skipped here",
             error.reason,
         ) from error
-    return torch.stack(squares)
 
 
 def label_of(record: EvalRecord, num_classes: int) -> int:
@@ -184,7 +195,7 @@ def label_of(record: EvalRecord, num_classes: int) -> int:
     """
     if "cls" not in record.members:
         raise DataError(
-            f"{record.where} has no label (cls), only {', '.join(record.members)}; zero-shot classification needs one"
+            f"{record.where} has no label (cls), only {', '.join(record.members)}; classification needs one"
         )
     text = record.members["cls"].decode(errors="replace").strip()
     try:
@@ -267,7 +278,7 @@ def _list_file(dataset: ZeroShotDataset, given: str | None, usual: str, option: 
         if not given and not Path(dataset.path).exists():
             raise DataError(f"{dataset.path} does not exist (seen from {Path.cwd()}); check the dataset's path")
         raise DataError(
-            f"{path} does not exist; zero-shot classification needs it, or another file as {option}; "
+            f"{path} does not exist; classification needs it, or another file as {option}; "
             f"for sets without classes the task is retrieval or loss"
         )
     return path

@@ -49,7 +49,7 @@ def classify(name: str, dataset: ZeroShotDataset, bench: Bench, index_dir: str |
     found = in_order(torch.cat(rows), len(records), bench.ranks).cpu()
     labels, alone, nearest = found.tensor_split((1, 1 + len(classifier.alone)), dim=1)
     labels = labels[:, 0]
-    metrics = dict(zip(EVAL_METRICS["zero_shot"], _metrics(labels, nearest, len(names)), strict=True))
+    metrics = dict(zip(EVAL_METRICS["zero_shot"], accuracies(labels, nearest, len(names)), strict=True))
     shares = [int(hits) / len(labels) for hits in (alone == labels[:, None]).sum(0)]
     if shares:
         spread = (min(shares), median(shares), max(shares), pstdev(shares))
@@ -104,7 +104,7 @@ def nearest_classes(scores: Float[Tensor, "batch classes"]) -> Int[Tensor, "batc
     return classes[:, :_NEAREST].masked_fill(~values[:, :_NEAREST].isfinite(), -1)
 
 
-def _metrics(
+def accuracies(
     labels: Int[Tensor, " records"], nearest: Int[Tensor, "records nearest"], num_classes: int
 ) -> tuple[float, float, float]:
     """Top-1, top-5 and mean per class, from integer counts."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from evaclip.checkpoint import file_checksum
 from evaclip.checkpoint_writer import flush
+from evaclip.config import ModelConfig
 from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.errors import WeightsError, writing
 from evaclip.models.clip import CLIP
@@ -40,7 +41,8 @@ from evaclip.weights.names import Layout, TowerName, rules
 from evaclip.weights.origin import ABOUT, ABOUT_FORMAT
 from evaclip.weights.stored import Stored, open_model
 
-ExportFormat = Literal["open_clip", "timm", "hf", "eva", "safetensors"]
+ExportFormat = Literal["open_clip", "timm", "hf", "eva", "safetensors", "tower"]
+"""Of ``evaclip export``, and ``tower``: an image tower alone under our names, for those that timm cannot express."""
 
 WEIGHT_FILES: Mapping[ExportFormat, str] = {
     "open_clip": "open_clip_model.safetensors",
@@ -48,6 +50,7 @@ WEIGHT_FILES: Mapping[ExportFormat, str] = {
     "hf": "model.safetensors",
     "eva": "eva_clip.pt",
     "safetensors": "model.safetensors",
+    "tower": "model.safetensors",
 }
 """Names under which each tool looks for weights; EVA's own code takes a path."""
 
@@ -66,13 +69,23 @@ def export(source: str | Path, out: Path, kind: ExportFormat, *, ema: bool = Fal
     return write(open_model(source, ema=ema), out, kind)
 
 
-def write(stored: Stored, out: Path, kind: ExportFormat) -> list[Path]:
+def tower_format(model: ModelConfig) -> ExportFormat:
+    """How an image tower is written alone: for timm, if that can express it."""
+    try:
+        timm_config(model.image, model.embed_dim)
+    except WeightsError:
+        return "tower"
+    return "timm"
+
+
+def write(stored: Stored, out: Path, kind: ExportFormat, classes: Sequence[str] = ()) -> list[Path]:
     """Write a model for another tool.
 
     Args:
         stored: The model.
         out: Folder to be made; one that holds something is refused.
         kind: Whose names and configuration.
+        classes: What the outputs of an image tower stand for; timm keeps them as ``pretrained_cfg["label_names"]``.
 
     Returns:
         The files.
@@ -82,7 +95,7 @@ def write(stored: Stored, out: Path, kind: ExportFormat) -> list[Path]:
         EvaclipError: ``out`` cannot be written.
     """
     _require_free(out)
-    content = _content(stored, kind)
+    content = _content(stored, kind, classes)
     hidden = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     try:
@@ -106,8 +119,13 @@ def _require_free(out: Path) -> None:
         raise WeightsError(f"{out} is there already; name a new folder, or remove it first")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, str] | None = None) -> None:
     """Write a weight file that others may read as far as the process lets them.
+
+    Args:
+        path: Of the file; torch.save writes a ``.pt``, safetensors all others.
+        tensors: By name.
+        about: What safetensors keeps beside them.
 
     Raises:
         OSError: The disk refuses.
@@ -118,7 +136,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         if path.suffix == ".pt":
             torch.save(tensors, path)
         else:
-            save_file(tensors, path, {"format": "pt"})
+            save_file(tensors, path, {"format": "pt", **(about or {})})
     except (SafetensorError, RuntimeError) as error:  # what both make of a full disk
         full = shutil.disk_usage(path.parent).free < sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from None
@@ -133,10 +151,11 @@ def usage(out: str, kind: ExportFormat) -> str:
         "hf": f'transformers.CLIPModel.from_pretrained("{out}")',
         "eva": f'eva_clip.create_model_and_transforms(NAME, "{out}/{WEIGHT_FILES["eva"]}")',
         "safetensors": f'evaclip.load("{out}")',
+        "tower": f"evaclip train CONFIG init.image={out}",
     }[kind]
 
 
-def _content(stored: Stored, kind: ExportFormat) -> _Content:
+def _content(stored: Stored, kind: ExportFormat, classes: Sequence[str]) -> _Content:
     """What lies in the folder; fails before anything is written."""
     model = stored.clip.config
     text, files = model.text, dict[str, Any]()
@@ -145,7 +164,8 @@ def _content(stored: Stored, kind: ExportFormat) -> _Content:
         files["open_clip_config.json"] = open_clip_config(model, stored.loss_config, _timm_pool(stored.clip), file)
         files |= tokenizer_files(text.context_length, file)
     elif kind == "timm":
-        files["config.json"] = timm_config(model.image, model.embed_dim)
+        labels = {"label_names": list(classes)} if classes else {}
+        files["config.json"] = timm_config(model.image, model.embed_dim) | labels
     elif kind == "hf":
         files |= transformers_configs(model, stored.loss_config, file)
         files |= tokenizer_files(text.context_length, file)
@@ -179,7 +199,7 @@ def _tensors(stored: Stored, kind: ExportFormat) -> dict[str, Tensor]:
     if own and (kind == "timm" or "visual.trunk.head.weight" in tensors):  # timm's heads always have a bias
         prefix = "" if kind == "timm" else "visual.trunk."
         tensors.setdefault(f"{prefix}head.bias", torch.zeros(clip.config.embed_dim))
-    if kind != "timm":
+    if kind not in ("timm", "tower"):
         ours = kind == "safetensors"  # a scalar elsewhere
         scalars = stored.loss.named_parameters()
         tensors |= {name: value.detach().reshape(value.shape if ours else ()).clone() for name, value in scalars}
@@ -199,6 +219,8 @@ def _timm_pool(clip: CLIP) -> str | None:
 
 def _places(clip: CLIP, kind: ExportFormat) -> Mapping[TowerName, tuple[str, Layout]]:
     """Prefix and layout of each tower; those of open_clip depend on the image tower."""
+    if kind == "tower":
+        return {"image": ("image.", "ours")}
     if kind != "open_clip":
         known = PLACES["evaclip" if kind == "safetensors" else kind]
         return {tower: places[0] for tower, places in known.items() if places}

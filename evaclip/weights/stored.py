@@ -79,7 +79,7 @@ def _open_export(path: Path, device: torch.device | str) -> Stored:
     except (KeyError, TypeError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise WeightsError(f"{path / ABOUT} cannot be read ({reason}); export the model again") from None
-    if exported == "timm":
+    if exported in ("timm", "tower"):
         raise WeightsError(f"{path} holds an image tower alone; start from it with init.image={path}")
     clip = empty_model(config, device)
     loss = ContrastiveLoss(loss_config, torch.device("cpu"))
