@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -299,11 +300,19 @@ def _save(path: Path, engine: TorchEngine, state: _State) -> None:
         for piece in engine.optimizer.local_pieces()
         for kind, values in piece.tensors.items()
     }
-    hidden = path.with_name(f".{path.name}")
-    write_tensors(hidden, tensors, {"state": json.dumps(asdict(state))})
+    hidden, said = path.with_name(f".{path.name}"), json.dumps(asdict(state))
+    write_tensors(hidden, tensors, {"state": said, "xxh3": _checksum(said, tensors)})
     flush(hidden)
     hidden.replace(path)
     flush(path.parent)
+
+
+def _checksum(said: str, tensors: Mapping[str, Tensor]) -> str:
+    found = xxhash.xxh3_64(said.encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _load(path: Path, engine: TorchEngine) -> _State:
@@ -314,10 +323,13 @@ def _load(path: Path, engine: TorchEngine) -> _State:
     """
     try:
         with safe_open(path, "pt") as file:
-            state = _State(**json.loads(file.metadata()["state"]))
-            for piece in engine.optimizer.local_pieces():
-                for kind, values in piece.tensors.items():
-                    values.copy_(file.get_tensor(f"{kind}/{piece.row.name}"))
+            said, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _checksum(said["state"], tensors) != said["xxh3"]:
+            raise ValueError("it differs from its checksum")
+        state = _State(**json.loads(said["state"]))
+        for piece in engine.optimizer.local_pieces():
+            for kind, values in piece.tensors.items():
+                values.copy_(tensors[f"{kind}/{piece.row.name}"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove it, and all begins anew") from None
     engine.optimizer.updates.fill_(state.step)

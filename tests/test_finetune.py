@@ -380,10 +380,19 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, model, folders)
         tune(model, folders, folders)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, model, folders):
+def cut(content):
+    return content[:-10]
+
+
+def flip(content):
+    return content[:-10] + bytes([content[-10] ^ 1]) + content[-9:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_damaged_checkpoint_is_named(tmp_path, model, folders, damage):
     tune(model, folders, tmp_path / "out")
     path = tmp_path / "out/checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(
         CheckpointError, match=r"checkpoint\.safetensors cannot be read \(.*\); remove it, and all begin"
     ):
