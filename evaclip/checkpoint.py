@@ -211,6 +211,16 @@ def _read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def digest(checkpoint: Path) -> str:
+    """What tells a checkpoint from all others: the checksum of ``meta.json``, which holds those of the parts.
+
+    Raises:
+        DamagedError: ``meta.json`` is.
+        CheckpointError: As of ``damage``.
+    """
+    return meta_checksum(_read_meta(checkpoint))
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is proven to be wrong with a checkpoint, or None; reads every byte.
 

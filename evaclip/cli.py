@@ -149,6 +149,11 @@ def _add_watching(commands: Any, shared: argparse.ArgumentParser) -> None:
 def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint", parents=[shared])
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, checkpoint, or an export")
+    evaluate.add_argument(
+        "--follow",
+        action="store_true",
+        help="of a run directory: measure each checkpoint as it appears, until the run is complete",
+    )
     evaluate.add_argument("--suite", metavar="FILE", help="YAML file that names many sets, as configs/suites/*.yaml")
     evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
     evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), help="default: zero_shot")
@@ -346,14 +351,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ConfigError("--suite names its datasets itself; leave --dataset out")
     datasets = _datasets(options) if options.dataset else None
     suite = config_file.load(options.suite, section=SuiteConfig) if options.suite else None
-    from evaclip.evaluation.command import evaluate_checkpoint, evaluate_suite  # noqa: PLC0415  as above
+    from evaclip.evaluation.command import Request, evaluate_model  # noqa: PLC0415  as above
+    from evaclip.evaluation.follow import follow  # noqa: PLC0415
 
     shared: dict[str, Any] = {key: getattr(options, key) for key in ("limit", "batch", "precision", "ema")}
-    shared["output"] = Path(options.output) if options.output else None
-    if suite:
-        evaluate_suite(Path(options.checkpoint), suite, **shared)
-    else:
-        evaluate_checkpoint(Path(options.checkpoint), datasets, **shared)
+    request = Request(datasets, suite, output=Path(options.output) if options.output else None, **shared)
+    (follow if options.follow else evaluate_model)(Path(options.checkpoint), request)
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import os
 import shutil
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,16 @@ class History:
     def last_step(self) -> int:
         """Step of the last row; -1 without rows."""
         return self._steps[-1] if self._steps else -1
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """Steps of all rows, ascending."""
+        return self._steps
+
+    @property
+    def sealed(self) -> int:
+        """Step up to which the rows are final: that of a checkpoint, which may lie behind the last row's."""
+        return self._sealed
 
     def write(self, step: int, samples: int, metrics: Mapping[str, float]) -> Row:
         """Append a row, or extend the last one if it is of the same step; readers of the file see it at once.

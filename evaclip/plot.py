@@ -1,16 +1,19 @@
 """``evaclip plot``: the curves of one run, or of several to be compared, as one PNG.
 
-Values are those of ``metrics.jsonl``. A long curve is thinned to the smallest and the largest value of each stretch, so
-that no spike is lost, and drawn faintly below the medians of longer stretches. matplotlib is optional.
+Values are those of ``metrics.jsonl`` and those that ``evaclip evaluate --follow`` found. A long curve is thinned to the
+smallest and the largest value of each stretch, so that no spike is lost, and drawn faintly below the medians of longer
+stretches. matplotlib is optional.
 """
 
 from __future__ import annotations
 
+import heapq
 import io
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaclip.errors import ConfigError
+from evaclip.followed import read_results, valid, values_of
 from evaclip.history import read_history, training_time
 from evaclip.picture import COLOURS, require_png, write_png
 from evaclip.status.files import Reader
@@ -187,7 +191,8 @@ def _read(directory: Path, label: str, wanted: Collection[str], names: set[str],
     path = directory / "metrics.jsonl"
     clock: list[Mapping[str, float | None]] = []
     try:
-        for row in read_history(path):
+        results = (values_of(row) for row in valid(read_results(directory)))
+        for row in heapq.merge(read_history(path), results, key=itemgetter("step")):
             names.update(row)
             samples = number(row.get("samples")) or 0.0
             clock.append({"samples": samples, _SPEED: number(row.get(_SPEED))})

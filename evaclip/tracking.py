@@ -16,7 +16,8 @@ was damaged or deleted; or the run continues offline although the server has the
 ``wandb sync`` would append the whole history to what is there.
 
 A value that is not finite is ``null`` in the file and NaN in W&B. ``_step`` is the row's step; ``_runtime`` and
-``_timestamp`` are W&B's own.
+``_timestamp`` are W&B's own. Results of ``evaclip evaluate --follow`` are sent with the rows, each once, too; where
+they stand among them is decided by ``followed``.
 
 Tracking never stops training, and never asks anything. When the server cannot be reached at the start, the session is
 recorded offline, or not at all if the server has the id; when W&B fails later, it is given up for the session. A
@@ -32,9 +33,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -44,14 +42,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from evaclip.alerts import Alert, restarts
 from evaclip.checkpoint import CheckpointReader, best, complete, find_checkpoint
 from evaclip.errors import CheckpointError, ConfigError
-from evaclip.history import whole_rows
+from evaclip.followed import Places, Sent, values_of
+from evaclip.history import History, whole_rows
 from evaclip.lock import lock
+from evaclip.wandb_id import is_on_server, new_id, online_mark, stored_id
 
 if TYPE_CHECKING:
     from wandb import Run
 
     from evaclip.config import CheckpointConfig, WandbConfig
-    from evaclip.history import History
 
 _log = logging.getLogger(__name__)
 
@@ -81,25 +80,37 @@ class Tracker:
         self._config = config
         self._resolved = dict(resolved)
         self._run: Run | None = None
-        self._next_step = 0
+        self._sent = Sent()
         self._restarts_told = 0
         mode = _choose_mode(config.mode)
         if mode != "off":
             self._start(mode, history)
 
     def commit(self, history: History, upto_step: int) -> None:
-        """Send the rows up to a step, which a complete checkpoint has made final."""
+        """Send the rows up to a step, which a complete checkpoint has made final, and results from outside."""
         if self._run is None:
             return
         try:
-            for row in history.rows(self._next_step):
+            for row in history.rows(self._sent.next_step):
                 step = int(row["step"] or 0)
                 if step > upto_step:
                     break
-                self._run.log({n: math.nan if v is None else v for n, v in row.items()}, step=step, commit=True)
-                self._next_step = step + 1
+                self._send_results(self._run, before=step)
+                self._send(self._run, row, self._sent.row(step))
+            self._places.add(upto_step)
+            self._send_results(self._run, before=upto_step + 1)
         except _failures() as error:
             self._give_up(error)
+
+    def _send(self, run: Run, row: Mapping[str, float | None], sent: Sent) -> None:
+        run.log({n: math.nan if v is None else v for n, v in row.items()}, step=sent.wandb_step, commit=True)
+        self._sent = sent
+
+    def _send_results(self, run: Run, before: int) -> None:
+        for row in self._places.rows[self._sent.results :]:
+            if row["behind"] >= before:
+                break
+            self._send(run, values_of(row), self._sent.result())
 
     def alert(self, alert: Alert) -> None:
         """Tell whoever has asked W&B for alerts."""
@@ -156,36 +167,42 @@ class Tracker:
 
     def _start(self, mode: Literal["online", "offline"], history: History) -> None:
         try:
+            self._places = Places(self._run_dir, history.sealed)
             self._run = self._open(mode, history)
+            self._places.settle()
         except _failures() as error:
             self._give_up(error)
-            if mode == "online" and not _is_on_server(self._run_dir, _stored_id(self._run_dir)):
+            if mode == "online" and not is_on_server(self._run_dir, stored_id(self._run_dir)):
                 _log.warning("W&B's server cannot be reached, this session is recorded offline")
                 self._start("offline", history)
             return
-        self._next_step = self._run.starting_step
+        self._sent = self._places.sent(history.steps, self._run.starting_step)
         _log.info("W&B run %s: %s", self._run.id, self._run.url or self._run.settings.sync_dir)
-        self.commit(history, history.last_step)
+        self.commit(history, history.sealed)
         if self._run is not None:
             _delete_older(self._run_dir, self._run)
 
     def _open(self, mode: Literal["online", "offline"], history: History) -> Run:
         """Open the stored W&B run, or a new one where its history cannot become ours."""
-        run_id = _stored_id(self._run_dir)
+        run_id = stored_id(self._run_dir)
         if mode == "offline":
-            if _is_on_server(self._run_dir, run_id):
+            if is_on_server(self._run_dir, run_id):
                 run_id = self._renew_id(run_id, "is on the server, and an offline run holds the whole history")
             return _init(self._run_dir, self._config, self._resolved, mode, run_id)
         run = _init(self._run_dir, self._config, self._resolved, mode, run_id)
-        if run.starting_step > history.last_step + 1:
-            reaches = f"reaches step {run.starting_step - 1}, metrics.jsonl only {history.last_step}"
+        reason = ""
+        if run.starting_step - 1 > self._places.sent(history.steps).wandb_step:
+            reason = f"reaches step {run.starting_step - 1}, metrics.jsonl only {history.last_step}"
+        elif self._places.went_back and run.starting_step:
+            reason = f"may have results of steps behind {history.sealed}, where the run goes on"
+        if reason:
             run.finish()
-            run = _init(self._run_dir, self._config, self._resolved, mode, self._renew_id(run_id, reaches))
-        _online_mark(self._run_dir, run.id).touch()
+            run = _init(self._run_dir, self._config, self._resolved, mode, self._renew_id(run_id, reason))
+        online_mark(self._run_dir, run.id).touch()
         return run
 
     def _renew_id(self, old: str, reason: str) -> str:
-        run_id = _new_id(self._run_dir)
+        run_id = new_id(self._run_dir)
         _log.warning(
             "W&B run %s %s; W&B cannot replace a history, so this run goes on as W&B run %s", old, reason, run_id
         )
@@ -242,7 +259,9 @@ def _init(
         )
     except UsageError as error:
         raise ConfigError(f"log.wandb: {error}") from error
-    return wandb.init(settings=settings, config=dict(resolved))
+    run = wandb.init(settings=settings, config=dict(resolved))
+    run.define_metric("eval/*", step_metric="step")  # results from outside come late
+    return run
 
 
 def _log_folder(
@@ -257,6 +276,31 @@ def _log_folder(
     if not run.offline:
         logged.wait(_UPLOAD_SECONDS)
     _log.info("W&B artifact %s (%s): %s", name, ", ".join(aliases), folder)
+
+
+def send_rest(run_dir: Path) -> None:
+    """Send what W&B lacks of a run that is trained to its end, as its next start would, to where the run is.
+
+    Raises:
+        RunLockedError: A process still trains there.
+        OSError: The run directory cannot be read or written.
+    """
+    if not (run_dir / "wandb_run_id").is_file():
+        return
+    reader = CheckpointReader(complete(run_dir / "checkpoints")[-1])
+    config = reader.config.log.wandb
+    if config.mode == "off":
+        return
+    lock(run_dir)
+    mode = "online" if is_on_server(run_dir, stored_id(run_dir)) else "offline"
+    history = History(run_dir / "metrics.jsonl")
+    history.truncate(reader.state.step)
+    try:
+        resolved = reader.config.model_dump(mode="json")
+        Tracker(run_dir, config.model_copy(update={"mode": mode}), resolved, history).finish()
+    except ConfigError as error:
+        _log.warning("results are not told to W&B: %s; the next start of the training sends them", error)
+    history.close()
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -292,8 +336,8 @@ def log_export(checkpoint: Path, out: Path, kind: str) -> str:
     run_dir = run_of(checkpoint)
     lock(run_dir)
     reader = CheckpointReader(find_checkpoint(checkpoint))
-    run_id = _stored_id(run_dir)
-    mode = "online" if _is_on_server(run_dir, run_id) else "offline"
+    run_id = stored_id(run_dir)
+    mode = "online" if is_on_server(run_dir, run_id) else "offline"
     _choose_mode(mode)
     try:
         run = _init(run_dir, reader.config.log.wandb, reader.config.model_dump(mode="json"), mode, run_id)
@@ -346,37 +390,6 @@ def _failures() -> tuple[type[Exception], ...]:
     from wandb.sdk.mailbox.mailbox_handle import ServerResponseError  # noqa: PLC0415
 
     return Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError
-
-
-def _stored_id(run_dir: Path) -> str:
-    """Return the run's id, made at the first start."""
-    path = run_dir / "wandb_run_id"
-    if path.exists() and re.fullmatch(r"\w+", stored := path.read_text(encoding="utf-8").strip()):
-        return stored
-    return _new_id(run_dir)
-
-
-def _new_id(run_dir: Path) -> str:
-    """Make an id and store it before W&B hears of it."""
-    run_id = secrets.token_hex(6)
-    path = run_dir / "wandb_run_id"
-    temporary = path.with_name("wandb_run_id.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(f"{run_id}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return run_id
-
-
-def _online_mark(run_dir: Path, run_id: str) -> Path:
-    return run_dir / "wandb" / f"{run_id}.online"
-
-
-def _is_on_server(run_dir: Path, run_id: str) -> bool:
-    """Whether a session of this id was online, or its offline file was uploaded by ``wandb sync``."""
-    synced = (run_dir / "wandb").glob(f"offline-run-*-{run_id}*/*.synced")
-    return _online_mark(run_dir, run_id).exists() or any(synced)
 
 
 def _delete_older(run_dir: Path, run: Run) -> None:

@@ -351,6 +351,13 @@ def test_skipped_steps_are_counted_with_the_last_one_and_those_in_a_row():
     assert "training     step 10: loss not finite" in text
 
 
+@pytest.mark.parametrize(("step", "expected"), [(300, (300, 0.5)), (400, (400, 0.75)), (501, (300, 0.5))])
+def test_results_from_outside_count_where_they_are_newer_and_the_run_is_not_behind_them(step, expected):
+    own, followed = {"step": 300, "eval/x/top1": 0.5}, {"step": step, "checkpoint": "f00d", "eval/x/top1": 0.75}
+    found = find_facts(made_up(evaluated=own, followed=followed), NOW).evaluation
+    assert (found.step, found.results) == (expected[0], {"eval/x/top1": expected[1]})
+
+
 def test_results_too_far_back_are_those_of_evaluation_json():
     evaluation = {"digits": {"task": "zero_shot", "metrics": {"top1": 0.5, "top5": None}, "num_records": 4}, "x": 3}
     found = find_facts(made_up(evaluation=evaluation), NOW).evaluation

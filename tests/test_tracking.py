@@ -217,6 +217,7 @@ for step in range(100):
 tracker.log_checkpoints(run_dir / "checkpoints", CheckpointConfig())
 tracker.finish()
 print("trained to the end")
+history.truncate(99)
 tracker = Tracker(run_dir, WandbConfig(mode="offline"), {"seed": 1}, history)  # the next start, even in this process
 tracker.finish()
 """

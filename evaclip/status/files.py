@@ -23,6 +23,7 @@ from evaclip import lock
 from evaclip.checkpoint_names import complete, damaged_steps, step_of
 from evaclip.config_file import parse_yaml
 from evaclip.errors import ConfigError
+from evaclip.followed import RESULTS
 from evaclip.status.values import mapping, text
 
 _LONG, _SHORT = 4 << 20, 1 << 20
@@ -61,6 +62,8 @@ class RunFiles:
     evaluated: dict[str, Any]
     """Newest row with results, if it is not too far back."""
     evaluation: dict[str, Any]
+    followed: dict[str, Any]
+    """Last row that ``evaclip evaluate --follow`` has found."""
     ranks: dict[str, Any]
     cluster: dict[str, Any]
     restarts: list[dict[str, Any]]
@@ -102,6 +105,7 @@ def read_run(directory: Path) -> RunFiles:
         rows=list(_rows(metrics[-_MOST_ROWS:])),
         evaluated=next(_rows(line for line in reversed(metrics) if b'"eval/' in line), dict[str, Any]()),
         evaluation=reader.json("evaluation.json"),
+        followed=next(reversed(reader.rows(RESULTS)[0]), dict[str, Any]()),
         ranks=reader.json("ranks.json"),
         cluster=reader.json("cluster.json"),
         restarts=restarts[0],

@@ -73,7 +73,7 @@ def find_facts(files: RunFiles, now: float) -> Facts:
         progress=progress,
         speed=speed,
         row=None if row is None else _numbers(row),
-        evaluation=find_evaluation(files),
+        evaluation=find_evaluation(files, progress.step),
         checkpoints=checkpoints,
         launcher=launcher,
         restarts=find_restarts(files.restarts, complete=files.restarts_whole),
@@ -189,11 +189,14 @@ def find_progress(files: RunFiles, saved_step: int | None, speed: Speed | None) 
     return Progress(step, steps, fraction, integer(samples), left)
 
 
-def find_evaluation(files: RunFiles) -> Evaluation | None:
-    """Results of the newest row that has some, or those that lie in ``evaluation.json``."""
-    if files.evaluated:
-        found = {name: value for name, value in files.evaluated.items() if name.startswith("eval/")}
-        return Evaluation(integer(files.evaluated.get("step")), _numbers(found))
+def find_evaluation(files: RunFiles, step: int | None) -> Evaluation | None:
+    """Results of the newest row that has some, or those that lie in ``evaluation.json``; none behind the run's step."""
+    own, outside = (integer(row.get("step")) for row in (files.evaluated, files.followed))
+    newer = outside is not None and outside <= (step or 0) and (own is None or outside > own)
+    newest = files.followed if newer else files.evaluated
+    if newest:
+        found = {name: value for name, value in newest.items() if name.startswith("eval/")}
+        return Evaluation(integer(newest.get("step")), _numbers(found))
     results = {
         f"eval/{name}/{metric}": value
         for name, result in files.evaluation.items()
