@@ -19,6 +19,8 @@ LAYERS = [
         "checkpoint_names",
         "metrics",
         "history",
+        "followed",
+        "wandb_id",
         "logs",
         "heartbeat",
         "lock",
