@@ -41,10 +41,10 @@ from evaclip.engine.prepare import PreparedTowers
 from evaclip.engine.torch_engine import TorchEngine
 from evaclip.errors import CheckpointError, ConfigError, DataError, TrainingStoppedError, writing
 from evaclip.evaluation import Predictions, Result, format_table, open_bench, write_results
+from evaclip.evaluation.accuracy import accuracies, nearest_classes
 from evaclip.evaluation.datasets import label_of
 from evaclip.evaluation.encoding import Bench, in_batches, in_order
 from evaclip.evaluation.results import write_json
-from evaclip.evaluation.zero_shot import accuracies, nearest_classes
 from evaclip.labelled import MAX_PIXELS, Batch, Samples, Sets, batches, epoch_ends, open_sets
 from evaclip.lock import lock
 from evaclip.metrics import EVAL_METRICS
