@@ -42,6 +42,7 @@ from evaclip.optim.table import summary
 from evaclip.sources import open_sources
 from evaclip.starting_weights import StartingWeights, require_files
 from evaclip.trial import largest_that_fits, try_a_step
+from evaclip.wandb_id import require_own_folder
 
 if TYPE_CHECKING:
     from evaclip.config import RunConfig
@@ -221,6 +222,7 @@ def _make_directory(config: RunConfig, ranks: Ranks) -> None:
         if ranks.is_main:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock(directory)
+            require_own_folder(directory)
             log_setup(directory, ranks.rank)
             if ranks.world_size > 1:
                 (directory / "logs").mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ checkpoint at or after its step is complete** (``commit``), and nothing is sent 
 ``metrics.jsonl`` that W&B lacks are sent, each exactly once:
 
 - Online, the server tells the first step that it does not have. The run keeps its id (``run_dir/wandb_run_id``, written
-  before W&B first hears of it).
+  before W&B first hears of it; of a trial of a W&B sweep it is the one that the sweep's agent gives).
 - Offline, a killed process may leave its run file torn, so every start writes a new one with the same id and the whole
   history, and then deletes the older ones: the one ``run_dir/wandb/offline-run-*`` is what ``wandb sync`` uploads.
 
@@ -45,7 +45,7 @@ from evaclip.errors import CheckpointError, ConfigError
 from evaclip.followed import Places, Sent, values_of
 from evaclip.history import History, whole_rows
 from evaclip.lock import lock
-from evaclip.wandb_id import is_on_server, new_id, online_mark, stored_id
+from evaclip.wandb_id import agents_id, is_on_server, new_id, online_mark, stored_id
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -259,6 +259,8 @@ def _init(
         )
     except UsageError as error:
         raise ConfigError(f"log.wandb: {error}") from error
+    if run_id != agents_id():  # in a sweep, wandb takes the agent's id and no other
+        wandb.setup().settings.sweep_id = None
     run = wandb.init(settings=settings, config=dict(resolved))
     run.define_metric("eval/*", step_metric="step")  # results from outside come late
     return run

@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def furnish(folder: Path) -> Path:
-    """Give a folder the repository's tools and configurations, and the commands ``python`` and ``evaclip``."""
+    """Give a folder the repository's tools and configurations, and the commands ``python``, ``evaclip`` and ``wandb``."""
     for name in ("tools", "configs"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "bin").mkdir()
-    for name, command in (("python", sys.executable), ("evaclip", f"{sys.executable} -m evaclip")):
+    commands = {name: f"{sys.executable} -m {name}" for name in ("evaclip", "wandb")}
+    for name, command in {"python": sys.executable, **commands}.items():
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
     return folder
 
 
-def run(commands: str, folder: Path) -> str:
+def run(commands: str, folder: Path, known: Mapping[str, str] = os.environ) -> str:
     """Run commands of a page in such a folder, one after the other; what they print."""
-    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**known, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300,

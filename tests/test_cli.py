@@ -47,6 +47,17 @@ def fails(capsys):
     return run
 
 
+def test_a_sweeps_trial_in_the_folder_of_another_one_is_refused_and_nothing_touched(
+    config, fails, tmp_path, monkeypatch
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/wandb_run_id").write_text("trial1\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial2")
+    assert "holds W&B run trial1, and the agent of W&B sweep sweep1 asks for run trial2" in fails("train", config())
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"wandb_run_id", "checkpoints", ".lock"}
+
+
 def test_wrong_shard_path_is_named(config, fails):
     assert "/nowhere/0.tar does not exist (2 of 2 shards" in fails("train", config({"shards": "/nowhere/{0..1}.tar"}))
 

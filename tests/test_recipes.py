@@ -63,7 +63,7 @@ def test_every_published_model_with_a_recipe_has_one_here():
 
 
 def test_all_recipes_are_valid_and_named_as_their_run(load):
-    for path in CONFIGS.glob("*.yaml"):
+    for path in {*CONFIGS.glob("*.yaml")} - {CONFIGS / "sweep.yaml"}:  # which is W&B's
         assert Path(load(path.stem).run_dir).name == path.stem
 
 

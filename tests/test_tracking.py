@@ -13,6 +13,7 @@ from evaclip.config import WandbConfig
 from evaclip.errors import ConfigError
 from evaclip.history import History, load_history
 from evaclip.tracking import Tracker
+from evaclip.wandb_id import require_own_folder
 
 SESSION = """
 import os, signal, sys
@@ -310,3 +311,49 @@ def test_a_server_out_of_reach_means_an_offline_session_and_the_next_one_catches
         history = server.history((run_dir / "wandb_run_id").read_text().strip())
     assert [as_in_the_file(row) for row in history] == load_history(run_dir / "metrics.jsonl")
     assert offline_files(run_dir) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ a sweep
+
+
+def test_a_trial_of_a_sweep_takes_the_agents_id_and_goes_on_with_it(run_dir):
+    with serving() as server:
+        env = environment(WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        trial = {**env, "WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "trial1", "WANDB_PROJECT": "theirs"}
+        session(run_dir, "auto", attempt=1, restored=-1, last=4, committed=4, env=trial)
+        session(run_dir, "auto", attempt=2, restored=4, last=7, committed=7, env=env)  # by hand
+        assert list(server.lines) == ["trial1"]
+        assert [as_in_the_file(row) for row in server.history("trial1")] == load_history(run_dir / "metrics.jsonl")
+        assert (server.upserts["trial1"]["sweep"], server.upserts["trial1"]["project"]) == ("sweep1", "theirs")
+
+
+def test_a_trial_that_needs_a_new_run_leaves_the_sweep(run_dir):
+    with serving() as server:
+        env = environment(WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        env |= {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "trial1"}
+        session(run_dir, "auto", attempt=1, restored=-1, last=8, committed=8, env=env)
+        for restored, last in ((3, 5), (5, 6)):  # the server is ahead, then the agent's id is another than the run's
+            session(run_dir, "auto", attempt=2, restored=restored, last=last, committed=last, env=env)
+        new = (run_dir / "wandb_run_id").read_text().strip()
+        assert set(server.lines) == {"trial1", new}
+        assert [as_in_the_file(row) for row in server.history(new)] == load_history(run_dir / "metrics.jsonl")
+        assert len(server.history("trial1")) == 9
+        assert not server.upserts[new].get("sweep")
+
+
+def test_a_folder_that_holds_another_trial_is_refused_and_that_of_a_trial_that_left_is_not(run_dir, monkeypatch):
+    (run_dir / "wandb_run_id").write_text("trial1\n")
+    require_own_folder(run_dir)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial1")
+    require_own_folder(run_dir)
+    monkeypatch.setenv("WANDB_RUN_ID", "trial2")
+    with pytest.raises(
+        ConfigError,
+        match=rf"^run_dir {run_dir} holds W&B run trial1, and the agent of W&B sweep sweep1 asks for run trial2, .*"
+        r"give each trial a run_dir of its own, such as run_dir=runs/sweep/\$\{WANDB_RUN_ID\}$",
+    ):
+        require_own_folder(run_dir)
+    (run_dir / "wandb").mkdir()
+    (run_dir / "wandb/trial2.online").touch()
+    require_own_folder(run_dir)

@@ -1,4 +1,4 @@
-"""As much of a W&B server as the client needs for runs, their history, alerts and artifacts; keeps what it is sent."""
+"""As much of a W&B server as the client needs for runs, histories, alerts, artifacts, sweeps; keeps what it is sent."""
 
 import gzip
 import json
@@ -9,6 +9,8 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
 
 KEY = "canary" * 8  # of a length that wandb accepts
 OWNER = {"id": "P", "name": "evaclip", "entity": {"id": "E", "name": "me"}}
@@ -26,6 +28,8 @@ class WandbServer(ThreadingHTTPServer):
         self.uploads = {}  # path -> content
         self.takes_artifacts = True
         self.finished = set()
+        self.sweep = ""  # definition of the one there may be, as YAML
+        self.trials = {}  # run id -> options, for its agent
         self.bodies = []  # everything it was sent, to look for secrets
 
     @property
@@ -56,7 +60,27 @@ class WandbServer(ThreadingHTTPServer):
         if name == "NotifyScriptableRunAlert":
             self.alerts.append(variables)
             return {"notifyScriptableRunAlert": {"success": True}}
-        return self._answer_on_artifacts(name, variables, host)
+        return self._answer_on_sweeps(name, variables) or self._answer_on_artifacts(name, variables, host)
+
+    def _answer_on_sweeps(self, name, variables):
+        if name == "UpsertSweep":
+            self.sweep = variables["config"]
+            project = {**OWNER, "name": variables["projectName"], "entity": {"id": "E", "name": "me"}}
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if name == "SweepWithRuns":
+            about = {"id": "S", "name": "sweep1", "state": "RUNNING", "config": self.sweep, "runs": {"edges": []}}
+            return {"project": {"sweep": about}}
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "A"}}}
+        if name == "Heartbeat":
+            commands = []
+            if not json.loads(variables["runState"]):
+                run_id = next((run_id for run_id in self.trials if run_id not in self.lines), None)
+                args = {key: {"value": value} for key, value in self.trials.get(run_id, {}).items()}
+                program = yaml.safe_load(self.sweep)["program"]
+                commands = [{"type": "run", "run_id": run_id, "args": args, "program": program}] if run_id else []
+            return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
+        return None
 
     def _answer_on_artifacts(self, name, variables, host):  # noqa: PLR0911  one per question
         if name == "ArtifactType":
