@@ -9,17 +9,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from evaclip.config import ZeroShotDataset
 from evaclip.distributed import agreed
+from evaclip.evaluation.accuracy import accuracies, nearest_classes
 from evaclip.evaluation.datasets import class_names_of, label_of, open_records, require_classes, templates_of
 from evaclip.evaluation.encoding import Bench, in_batches, in_order, share
 from evaclip.evaluation.results import Predictions, Result
 from evaclip.metrics import EVAL_METRICS, TEMPLATE_METRICS
-
-_NEAREST = 5  # classes that top5 looks at
 
 
 def classify(name: str, dataset: ZeroShotDataset, bench: Bench, index_dir: str | None) -> Result:
@@ -49,7 +48,7 @@ def classify(name: str, dataset: ZeroShotDataset, bench: Bench, index_dir: str |
     found = in_order(torch.cat(rows), len(records), bench.ranks).cpu()
     labels, alone, nearest = found.tensor_split((1, 1 + len(classifier.alone)), dim=1)
     labels = labels[:, 0]
-    metrics = dict(zip(EVAL_METRICS["zero_shot"], _metrics(labels, nearest, len(names)), strict=True))
+    metrics = dict(zip(EVAL_METRICS["zero_shot"], accuracies(labels, nearest, len(names)), strict=True))
     shares = [int(hits) / len(labels) for hits in (alone == labels[:, None]).sum(0)]
     if shares:
         spread = (min(shares), median(shares), max(shares), pstdev(shares))
@@ -96,20 +95,3 @@ def classifier_of(bench: Bench, names: Sequence[str], templates: Sequence[str], 
         found = in_order(torch.cat(parts), len(names), bench.ranks)  # classes, templates or 1, dim
         bench.classifiers[asked] = Classifier(F.normalize(found.mean(1), dim=-1), found.unbind(1) if alone else ())
     return bench.classifiers[asked]
-
-
-def nearest_classes(scores: Float[Tensor, "batch classes"]) -> Int[Tensor, "batch nearest"]:
-    """The five classes of the highest scores, best first; -1 for a score that is not finite, which is never right."""
-    values, classes = scores.sort(dim=1, descending=True, stable=True)
-    return classes[:, :_NEAREST].masked_fill(~values[:, :_NEAREST].isfinite(), -1)
-
-
-def _metrics(
-    labels: Int[Tensor, " records"], nearest: Int[Tensor, "records nearest"], num_classes: int
-) -> tuple[float, float, float]:
-    """Top-1, top-5 and mean per class, from integer counts."""
-    hits = nearest == labels[:, None]
-    present = labels.bincount(minlength=num_classes)
-    right = labels[hits[:, 0]].bincount(minlength=num_classes)
-    per_class = right[present > 0].double() / present[present > 0]
-    return int(hits[:, 0].sum()) / len(labels), int(hits.any(1).sum()) / len(labels), float(per_class.mean())

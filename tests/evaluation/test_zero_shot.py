@@ -10,7 +10,7 @@ from evaclip.data.images import eval_crop, load_eval
 from evaclip.distributed import Ranks
 from evaclip.errors import DataError
 from evaclip.evaluation import open_bench
-from evaclip.evaluation.zero_shot import nearest_classes
+from evaclip.evaluation.accuracy import nearest_classes
 from evaclip.loss import Similarity
 
 NAMES = ["cat", "dog", "red bicycle", "house", "tree at night", "boat", "{x} brace"]
