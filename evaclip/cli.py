@@ -151,8 +151,11 @@ def _add_models(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, checkpoint, or an export")
     evaluate.add_argument("--suite", metavar="FILE", help="YAML file that names many sets, as configs/suites/*.yaml")
     evaluate.add_argument("--dataset", metavar="PATH", help="folder or shards; default: the run's own datasets")
-    evaluate.add_argument("--task", choices=("zero_shot", "retrieval", "loss"), help="default: zero_shot")
+    evaluate.add_argument(
+        "--task", choices=("zero_shot", "linear_probe", "retrieval", "loss"), help="default: zero_shot"
+    )
     evaluate.add_argument("--split", help="split of a CLIP_benchmark folder (default: test)")
+    evaluate.add_argument("--shots", type=_positive, help="linear_probe on so many images per class (default: all)")
     evaluate.add_argument("--class-names", metavar="FILE", help="one class name per line")
     evaluate.add_argument("--templates", metavar="FILE", help="one template per line, {c} stands for the name")
     evaluate.add_argument("--limit", type=_positive, help="only the first records of each dataset")
@@ -320,10 +323,15 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if not options.dataset and (options.task or options.split or options.class_names or options.templates):
-        raise ConfigError("--task, --split, --class-names and --templates describe a --dataset, which is missing")
-    if options.task in ("retrieval", "loss") and (options.class_names or options.templates):
+    lists = options.class_names or options.templates
+    if not options.dataset and (options.task or options.split or options.shots or lists):
+        raise ConfigError(
+            "--task, --split, --shots, --class-names and --templates describe a --dataset, which is missing"
+        )
+    if options.task not in (None, "zero_shot") and lists:
         raise ConfigError(f"--class-names and --templates are for --task zero_shot, not for {options.task}")
+    if options.task != "linear_probe" and options.shots:
+        raise ConfigError(f"--shots is for --task linear_probe, not for {options.task or 'zero_shot'}")
     if options.suite and options.dataset:
         raise ConfigError("--suite names its datasets itself; leave --dataset out")
     datasets = _datasets(options) if options.dataset else None
@@ -356,6 +364,7 @@ def _datasets(options: argparse.Namespace) -> dict[str, Any]:
     """The one dataset that the command line describes, under its folder's name."""
     fields: dict[str, object] = {"task": options.task or "zero_shot", "path": options.dataset}
     fields |= {"split": options.split} if options.split else {}
+    fields |= {"shots": options.shots} if options.shots else {}
     if fields["task"] == "zero_shot":
         fields |= {"class_names": options.class_names, "templates": options.templates}
     name = re.sub(r"[^\w.-]", "_", Path(options.dataset).name.partition(".")[0]).lstrip(".-") or "dataset"

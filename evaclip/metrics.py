@@ -80,6 +80,7 @@ RECALL_AT = (1, 5, 10)
 
 EVAL_METRICS: dict[str, tuple[str, ...]] = {
     "zero_shot": ("top1", "top5", "mean_per_class"),
+    "linear_probe": ("top1", "top5", "mean_per_class", "log10_l2"),
     "retrieval": tuple(
         f"{direction}_recall@{k}" for direction in ("image_to_text", "text_to_image") for k in RECALL_AT
     ),
@@ -89,6 +90,9 @@ EVAL_METRICS: dict[str, tuple[str, ...]] = {
 
 TEMPLATE_METRICS = tuple(f"template_top1_{what}" for what in ("min", "median", "max", "std"))
 """Of a zero-shot set with ``per_template``: top1 of each template alone, over the templates."""
+
+SHOTS_METRICS = ("top1_std",)
+"""Of a linear probe with ``shots``: the standard deviation of top1 over the draws."""
 
 _PATTERNS = {re.compile(re.sub("[A-Z]+", ".+", name)): metric for name, metric in METRICS.items()}
 

@@ -70,7 +70,7 @@ PANELS = (
 )
 """Drawn where no metric is named; evaluation results follow."""
 _EVALUATIONS = {
-    "zero-shot top-1": {"top1": ""},
+    "classification top-1": {"top1": ""},
     "retrieval recall@1": {
         "image_to_text_recall@1": ", image to text",
         "text_to_image_recall@1": ", text to image",

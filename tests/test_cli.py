@@ -205,6 +205,12 @@ def test_options_of_a_dataset_need_a_dataset(config, fails, capsys, tmp_path, co
     assert "are for --task zero_shot" in fails(
         "evaluate", run, "--dataset", "x", "--task", "retrieval", "--class-names", "names"
     )
+    shots = ["--shots", "2"]
+    assert "are for --task zero_shot, not for linear_probe" in fails(
+        "evaluate", run, "--dataset", "x", "--task", "linear_probe", "--templates", "t", *shots
+    )
+    assert "--shots is for --task linear_probe, not for zero_shot" in fails("evaluate", run, "--dataset", "x", *shots)
+    assert "describe a --dataset, which is missing" in fails("evaluate", run, *shots)
     assert "nowhere does not exist" in fails("evaluate", run, "--dataset", "nowhere")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["evaluate", run, "--limit", "0"])

@@ -390,6 +390,23 @@ def test_evaluation_runs_at_the_start_at_its_steps_and_at_the_end(tmp_path, colo
     assert saved["eval/held/loss"] == rows(tmp_path)[-1]["eval/held/loss"]
 
 
+def test_a_linear_probe_in_training_may_choose_the_best_checkpoint(tmp_path):
+    for split in ("train", "test"):
+        place = tmp_path / "set" / split
+        labelled = ((key, {**members, "cls": str(int(key) % 4).encode()}) for key, members in colour_records(40))
+        write_shards(place, labelled, 40)[0].rename(place / "0.tar")
+        (place / "nshards.txt").write_text("1")
+    datasets = {"colours": {"task": "linear_probe", "path": str(tmp_path / "set"), "shots": 2}}
+    options = {"eval__datasets": datasets, "eval__every_steps": 2, "checkpoint__keep_best": "eval/colours/top1"}
+    train(tiny_config(tmp_path / "run", **options))
+    found = {row["step"]: row["eval/colours/top1"] for row in rows(tmp_path / "run") if "eval/colours/top1" in row}
+    assert list(found) == [0, 2, 4]
+    assert min(found.values()) > 0.9, "colours are told apart whatever the weights"
+    saved = CheckpointReader(find_checkpoint(tmp_path / "run")).state.metrics
+    assert saved["eval/colours/top1"] == found[4]
+    assert "eval/colours/top1_std" in saved
+
+
 def test_a_vanished_evaluation_set_costs_no_training(tmp_path, colour_shards):
     gone = tmp_path / "gone.tar"
     shutil.copy(colour_shards / "00000.tar", gone)

@@ -125,6 +125,11 @@ def percent(value: float | None) -> str:
     return "not finite" if value is None else f"{100 * value:.2f} %" if value < 0.01 else f"{100 * value:.1f} %"
 
 
+def plain(value: float | None) -> str:
+    """A number that is no share."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """An HTML table; cells are HTML already."""
     lines = [f'<table class="{kind}"><tr>', *(f"<th>{cell}</th>" for cell in header), "</tr>"]
@@ -160,8 +165,8 @@ def scores_table(evaluation: Mapping[str, Any]) -> str:
     """Every score with its chance level and its value before training."""
     rows: list[list[str]] = []
     for name, result in evaluation.items():
-        show = percent if result["task"] != "loss" else lambda value: "not finite" if value is None else f"{value:.4f}"
         for metric, score in result["metrics"].items():
+            show = plain if metric in {"loss", "log10_l2"} else percent
             guess = "" if score["chance"] is None else show(score["chance"])
             before = "" if score["at_start"] is None else show(score["at_start"])
             where = f"{html.escape(title(name))} ({result['num_records']:,})"

@@ -164,7 +164,7 @@ class ZeroShotDataset(EvalDataset):
     """Classification by the nearest caption; each record holds an image and ``cls``."""
 
     task: Literal["zero_shot"] = "zero_shot"
-    """What is measured: zero_shot, retrieval or loss."""
+    """What is measured: zero_shot, linear_probe, retrieval or loss."""
     class_names: FilePath | None = None
     """File with a class name per line; null: ``classnames.txt`` of the folder."""
     templates: FilePath | None = None
@@ -173,22 +173,44 @@ class ZeroShotDataset(EvalDataset):
     """Also classify by each template alone: how much the result hangs on the prompt."""
 
 
+class LinearProbeDataset(EvalDataset):
+    """Classification by a logistic regression on features of a training split; each record holds an image and ``cls``.
+
+    Both splits are folders of ``path``; ``limit`` counts for each of them.
+    """
+
+    task: Literal["linear_probe"]
+    """What is measured: zero_shot, linear_probe, retrieval or loss."""
+    train_split: str = "train"
+    """Folder of the split that the regression is fitted to."""
+    shots: PositiveInt | None = None
+    """So many images of each class are fitted to (k-shot); null: all."""
+    draws: PositiveInt = 3
+    """How often the shots are drawn; results are means over the draws. Of no account without ``shots``."""
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> LinearProbeDataset:
+        if self.train_split == self.split:
+            raise ValueError(f"train_split and split are both {self.split}; a probe is measured on other images")
+        return self
+
+
 class RetrievalDataset(EvalDataset):
     """Image-text retrieval; each record holds an image and ``txt`` with a caption per line."""
 
     task: Literal["retrieval"]
-    """What is measured: zero_shot, retrieval or loss."""
+    """What is measured: zero_shot, linear_probe, retrieval or loss."""
 
 
 class ValidationLossDataset(EvalDataset):
     """The training loss on records that are not trained on; each holds an image and ``txt``."""
 
     task: Literal["loss"]
-    """What is measured: zero_shot, retrieval or loss."""
+    """What is measured: zero_shot, linear_probe, retrieval or loss."""
 
 
 Dataset = Annotated[
-    ZeroShotDataset | RetrievalDataset | ValidationLossDataset,
+    ZeroShotDataset | LinearProbeDataset | RetrievalDataset | ValidationLossDataset,
     Field(discriminator="task"),
     tagged("task", "zero_shot"),
 ]

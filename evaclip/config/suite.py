@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from evaclip.config.base import FilePath, Name, Section, tagged
-from evaclip.config.data import RetrievalDataset, ZeroShotDataset
+from evaclip.config.data import LinearProbeDataset, RetrievalDataset, ZeroShotDataset
 from evaclip.metrics import EVAL_METRICS
 
 
@@ -21,6 +21,15 @@ class SuiteZeroShot(ZeroShotDataset):
     """Records that published values were measured on; a set of another size is marked."""
 
 
+class SuiteLinearProbe(LinearProbeDataset):
+    """A set of a suite that is classified by a probe."""
+
+    metric: Literal["top1", "mean_per_class"] = "top1"
+    """The set's value in averages: top1, or the mean of the classes' own top1."""
+    records: PositiveInt | None = None
+    """Records that published values were measured on; a set of another size is marked."""
+
+
 class SuiteRetrieval(RetrievalDataset):
     """A retrieval set of a suite; its value in averages is the mean of its six recalls."""
 
@@ -28,7 +37,9 @@ class SuiteRetrieval(RetrievalDataset):
     """Records that published values were measured on; a set of another size is marked."""
 
 
-SuiteDataset = Annotated[SuiteZeroShot | SuiteRetrieval, Field(discriminator="task"), tagged("task", "zero_shot")]
+SuiteDataset = Annotated[
+    SuiteZeroShot | SuiteLinearProbe | SuiteRetrieval, Field(discriminator="task"), tagged("task", "zero_shot")
+]
 
 
 class Average(Section):

@@ -1,4 +1,4 @@
-"""What is measured on data that was not trained on: zero-shot classification, retrieval, validation loss.
+"""What is measured on data that was not trained on: zero-shot classification, linear probe, retrieval, validation loss.
 
 Every rank calls ``evaluate`` and gets all results; values do not depend on the number of ranks beyond the rounding of
 the features. Which set is measured how is the configuration's to say, when it happens the loop's.
@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import assert_never
 
-from evaclip.config import Dataset, EvalConfig, ModelConfig, RetrievalDataset, ValidationLossDataset, ZeroShotDataset
+from evaclip.config import (
+    Dataset,
+    EvalConfig,
+    LinearProbeDataset,
+    ModelConfig,
+    RetrievalDataset,
+    ValidationLossDataset,
+    ZeroShotDataset,
+)
 from evaclip.data.file_tokenizer import tokenizer_of
 from evaclip.distributed import Ranks, agreed
 from evaclip.evaluation.encoding import Bench, Encoder
+from evaclip.evaluation.linear_probe import probe
 from evaclip.evaluation.results import Predictions, Result, format_table, write_results
 from evaclip.evaluation.retrieval import retrieve
 from evaclip.evaluation.validation_loss import measure_loss
@@ -100,6 +109,8 @@ def measure(name: str, dataset: Dataset, bench: Bench, index_dir: str | None, si
     match dataset:
         case ZeroShotDataset():
             return classify(name, dataset, bench, index_dir)
+        case LinearProbeDataset():
+            return probe(name, dataset, bench, index_dir)
         case RetrievalDataset():
             return retrieve(name, dataset, bench, index_dir)
         case ValidationLossDataset():

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from evaclip.config import IMAGE_KEYS, EvalDataset, ImageConfig, ZeroShotDataset
+from evaclip.config import IMAGE_KEYS, EvalDataset, ImageConfig, LinearProbeDataset, ZeroShotDataset
 from evaclip.data.images import BadImageError, eval_crop, load_eval
 from evaclip.data.index import ensure_index
 from evaclip.data.shards import ShardSet, expand
@@ -52,32 +52,37 @@ class ShardRecords:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def read(self, number: int) -> EvalRecord:
+    def read(self, number: int, *, only_label: bool = False) -> EvalRecord:
         """See ``Records.read``."""
         shard = bisect.bisect_right(self.ends, number)
         start = self.ends[shard - 1] if shard else 0
-        key, members = self.shards.read(shard, number - start)
+        key, members = self.shards.read(shard, number - start, "cls" if only_label else None)
         return EvalRecord(f"{self.shards.locations[shard]}: record {key!r}", key, members)
 
 
 @dataclass(frozen=True)
 class Records:
-    """The first ``count`` records of a set, by number."""
+    """Records of a set, counted from 0."""
 
     source: ShardRecords | ImageFolder
-    count: int
+    numbers: Sequence[int]
+    """Of these records in the source."""
     dataset: EvalDataset
     """Says how their images are to be looked at."""
     caption_per_line: bool
     """Whether ``txt`` holds several captions (CLIP_benchmark) or one (img2dataset)."""
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.numbers)
 
     def first(self, count: int) -> Records:
         """The first of these records."""
-        assert count <= self.count
-        return replace(self, count=count)
+        assert count <= len(self)
+        return replace(self, numbers=self.numbers[:count])
+
+    def chosen(self, numbers: Sequence[int]) -> Records:
+        """Some of these records."""
+        return replace(self, numbers=[self.numbers[number] for number in numbers])
 
     def read(self, number: int) -> EvalRecord:
         """Read a record.
@@ -85,7 +90,16 @@ class Records:
         Raises:
             DataError: Its bytes are not what was indexed, or are gone.
         """
-        return self.source.read(number)
+        return self.source.read(self.numbers[number])
+
+    def label(self, number: int) -> int:
+        """The number of a record's class, without reading its image.
+
+        Raises:
+            DataError: There is none, or its bytes are not what was indexed, or are gone.
+        """
+        record = self.source.read(self.numbers[number], only_label=True)
+        return label_of(record if record.members else self.read(number))
 
 
 def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> Records:
@@ -105,7 +119,39 @@ def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> R
     images = ranks.gather_objects(images)[0]
     source = images or _open_shards(dataset, index_dir, ranks, folder=folder)
     count = len(source) if dataset.limit is None else min(dataset.limit, len(source))
-    return Records(source, count, dataset, caption_per_line=folder)
+    return Records(source, range(count), dataset, caption_per_line=folder)
+
+
+def open_splits(dataset: LinearProbeDataset, index_dir: str | None, ranks: Ranks) -> tuple[Records, Records]:
+    """Open the split that is fitted to and the one that is measured, as ``open_records``.
+
+    Raises:
+        DataError: A split is missing or damaged, or class folders differ, so that a label would mean two classes.
+    """
+    root = Path(dataset.path)
+    with agreed(ranks):
+        missing = [root / split for split in (dataset.train_split, dataset.split) if not (root / split).is_dir()]
+        if missing:
+            there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+            raise DataError(
+                f"{missing[0]} is not a folder; linear_probe fits to the split {dataset.train_split} and measures "
+                f"{dataset.split}, two folders of its path; "
+                + (
+                    f"set train_split and split to two of {', '.join(there[:5])}"
+                    if there
+                    else "give a path that has them"
+                )
+            )
+    train = open_records(dataset.model_copy(update={"split": dataset.train_split}), index_dir, ranks)
+    test = open_records(dataset, index_dir, ranks)
+    if isinstance(train.source, ImageFolder) and isinstance(test.source, ImageFolder):
+        apart = sorted({*train.source.classes} ^ {*test.source.classes})
+        if apart:
+            raise DataError(
+                f"{train.source.root} and {test.source.root} have not the same class folders: {apart[0]} is in one of "
+                f"them alone ({len(apart)} such); labels count the folders, so both splits need all of them"
+            )
+    return train, test
 
 
 def _open_shards(dataset: EvalDataset, index_dir: str | None, ranks: Ranks, *, folder: bool) -> ShardRecords:
@@ -176,25 +222,29 @@ def image_of(
     return torch.stack(squares)
 
 
-def label_of(record: EvalRecord, num_classes: int) -> int:
+def label_of(record: EvalRecord, num_classes: int | None = None) -> int:
     """The number of the record's class.
+
+    Args:
+        record: Holds ``cls``.
+        num_classes: How many class names there are; None: names do not matter.
 
     Raises:
         DataError: There is none, or no class has it.
     """
     if "cls" not in record.members:
         raise DataError(
-            f"{record.where} has no label (cls), only {', '.join(record.members)}; zero-shot classification needs one"
+            f"{record.where} has no label (cls), only {', '.join(record.members)}; classification needs one"
         )
     text = record.members["cls"].decode(errors="replace").strip()
     try:
         label = int(text)
     except ValueError:
         raise DataError(f"{record.where}: label {text!r} is not a number; labels count from 0") from None
-    if not 0 <= label < num_classes:
-        raise DataError(
-            f"{record.where}: label {label} is not in 0..{num_classes - 1}; {num_classes} class names are given"
-        )
+    most = (1 << 31 if num_classes is None else num_classes) - 1
+    if not 0 <= label <= most:
+        why = "labels count from 0" if num_classes is None else f"{num_classes} class names are given"
+        raise DataError(f"{record.where}: label {label} is not in 0..{most}; {why}")
     return label
 
 

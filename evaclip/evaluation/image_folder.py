@@ -43,7 +43,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, number: int) -> EvalRecord:
+    def read(self, number: int, *, only_label: bool = False) -> EvalRecord:
         """Read a record: ``cls``, and an image as ``jpg`` of whatever kind, which its bytes tell, or ``0.jpg`` ...
 
         Raises:
@@ -51,7 +51,7 @@ class ImageFolder:
         """
         label, paths = self.records[number]
         members = {"cls": str(label).encode()}
-        for place, path in enumerate(paths):
+        for place, path in enumerate(() if only_label else paths):
             file = self.root / path
             try:
                 members[f"{place}.jpg" if self.videos else "jpg"] = file.read_bytes()

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Predictions:
-    """Each record's class and the class it was taken for, -1 where the scores were not finite."""
+    """Each record's class and the class it was taken for, as places in the names; -1 where scores were not finite."""
 
     class_names: tuple[str, ...]
     labels: tuple[int, ...]

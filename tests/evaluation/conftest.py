@@ -58,16 +58,16 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes CLIP_benchmark's layout."""
 
     def write(
-        records: Records, *, names: Sequence[str] = (), templates: Sequence[str] = (), per_shard: int = 8
+        records: Records, *, names: Sequence[str] = (), templates: Sequence[str] = (), split: str = "test"
     ) -> Path:
-        split = tmp_path / "set" / "test"
-        for number, path in enumerate(write_shards(split, records, 8)):
-            path.rename(split / f"{number}.tar")
-        (split / "nshards.txt").write_text(f"{number + 1}\n")
+        place = tmp_path / "set" / split
+        for number, path in enumerate(write_shards(place, records, 8)):
+            path.rename(place / f"{number}.tar")
+        (place / "nshards.txt").write_text(f"{number + 1}\n")
         for file, lines in (("classnames.txt", names), ("zeroshot_classification_templates.txt", templates)):
             if lines:
-                (split.parent / file).write_text("\n".join(lines) + "\n")
-        return split.parent
+                (place.parent / file).write_text("\n".join(lines) + "\n")
+        return place.parent
 
     return write
 

@@ -186,16 +186,19 @@ def sets(tmp_path, png):
     lists = {"classnames.txt": NAMES, "zeroshot_classification_templates.txt": ["a {c}", "the {c}, drawn"]}
 
     def write(name, labelled):
-        split = root / name / "test"
-        records = [
-            (
-                f"{i}",
-                {"png": png(i), **({"cls": str(i * i % 6).encode()} if labelled else {"txt": f"picture {i}".encode()})},
-            )
-            for i in range(30)
-        ]
-        write_shards(split, records, 40)[0].rename(split / "0.tar")
-        (split / "nshards.txt").write_text("1\n")
+        for split, first in (("test", 0), ("train", 500)):
+            records = [
+                (
+                    f"{i}",
+                    {
+                        "png": png(first + i),
+                        **({"cls": str(i * i % 6).encode()} if labelled else {"txt": f"picture {i}".encode()}),
+                    },
+                )
+                for i in range(30)
+            ]
+            write_shards(root / name / split, records, 40)[0].rename(root / name / split / "0.tar")
+            (root / name / split / "nshards.txt").write_text("1\n")
         for file, lines in lists.items():
             (root / name / file).write_text("\n".join(lines) + "\n")
 
@@ -219,6 +222,7 @@ def sets(tmp_path, png):
                 "resize": "squash",
             },
             "pairs": {"task": "retrieval", "path": "pairs", "resize": "squash"},
+            "probed": {"task": "linear_probe", "path": "shards", "metric": "mean_per_class", "resize": "squash"},
             "elsewhere": {"path": "elsewhere"},
         },
         "averages": {
@@ -243,7 +247,7 @@ def test_a_suite_measures_what_is_there_and_lists_what_is_not(sets, checkpoint, 
     whole = json.loads((tmp_path / "out/evaluation.json").read_text())
     rows = {(row["name"], row["metric"]): row for row in found["rows"]}
     assert found["model"] == "tiny-ViT"
-    assert set(whole) == {"shards.crop", "shards.squash", "folders", "pairs"}
+    assert set(whole) == {"shards.crop", "shards.squash", "folders", "pairs", "probed"}
     for name, expected in whole.items():
         folder, _, mode = name.partition(".")
         given = [
@@ -269,6 +273,7 @@ def test_a_suite_measures_what_is_there_and_lists_what_is_not(sets, checkpoint, 
     assert rows["shards", "top1"]["published"] == [{"value": 0.5, "source": "a paper", "difference": best - 0.5}]
     assert "single templates" in rows["shards", "top1"]["note"]
     assert rows["here", "mean of 2"]["value"] == fmean([best, whole["folders"]["metrics"]["mean_per_class"]])
+    assert rows["probed", "mean_per_class"]["value"] == whole["probed"]["metrics"]["mean_per_class"]
     assert rows["elsewhere", "top1"]["value"] is None
     assert rows["elsewhere", "top1"]["note"] == f"missing: {tmp_path / 'sets/elsewhere'} does not exist"
     assert rows["elsewhere", "top1"]["published"] == [{"value": 0.6, "source": "a paper", "difference": None}]
@@ -291,7 +296,7 @@ def test_a_set_that_cannot_be_used_does_not_cost_the_others(sets, checkpoint, tm
     with pytest.raises(SystemExit, match="1"):
         sets(checkpoint, "--output", tmp_path / "out", broken={"path": "broken"})
     error = capsys.readouterr().err
-    assert "1 of 5 sets could not be measured: broken: " in error
+    assert "1 of 6 sets could not be measured: broken: " in error
     assert "has no label (cls)" in error
     rows = {row["name"]: row for row in json.loads((tmp_path / "out/suite.json").read_text())["rows"]}
     assert rows["broken"]["note"].startswith("failed: ")

@@ -134,6 +134,13 @@ def page(summary, samples=(), mistakes=()):
     return report_page.page("runs/x", {**summary, "commands": {}}, names, *shown, "<svg>PLOTS</svg>")
 
 
+def test_the_penalty_of_a_probe_is_no_percentage():
+    found = {"task": "linear_probe", "num_records": 4, "metrics": {"top1": 0.5, "log10_l2": -1.125}}
+    text = page(summarise(evaluation={**EVALUATION, "probed": found}))
+    assert "-1.1250" in text
+    assert "-112" not in text
+
+
 def test_page_says_plainly_what_is_passed_and_what_is_not():
     text = page(summarise("digits.top1=0.9", "digits.top5=0.9"))
     assert '<strong class="bad">not passed: digits.top1</strong>' in text
