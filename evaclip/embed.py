@@ -170,7 +170,7 @@ def embed_shards(
     ends = tuple(accumulate(shard.records for shard in shards))
     places = ShardSet([shard.location for shard in shards], index_dir, [shard.digest for shard in shards])
     plain = EvalDataset.model_construct(frames=None, resize=None)
-    records = Records(ShardRecords(places, ends), ends[-1] if ends else 0, plain, caption_per_line=False)
+    records = Records(ShardRecords(places, ends), range(ends[-1] if ends else 0), plain, caption_per_line=False)
     # No batch reaches over the end of a shard: the last one of each is smaller.
     spans = [range(end - shard.records, end) for shard, end in zip(shards, ends, strict=True)]
     order = [numbers for span in spans for numbers in in_batches(span, bench.batch)]

@@ -311,7 +311,8 @@ def _checksum(said: str, tensors: Mapping[str, Tensor]) -> str:
     found = xxhash.xxh3_64(said.encode())
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        values: Any = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        found.update(values)
     return found.hexdigest()
 
 
