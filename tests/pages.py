@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def furnish(folder: Path) -> Path:
-    """Give a folder the repository's tools and configurations, and the commands ``python``, ``evaclip`` and ``wandb``."""
+    """Give a folder our tools and configurations, and the commands ``python``, ``evaclip`` and ``wandb``."""
     for name in ("tools", "configs"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "bin").mkdir()

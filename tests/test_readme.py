@@ -30,10 +30,10 @@ def folder(tmp_path_factory):
 
 
 def test_all_commands_are_found():
-    assert len(SHOWN) == SECTION.count("\n$ ") == 5
+    assert len(SHOWN) == SECTION.count("\n$ ") == 7
 
 
-@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command.split()[1] for command, _ in SHOWN])
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[" ".join(command.split()[:2]) for command, _ in SHOWN])
 def test_a_command_prints_what_is_shown(folder, command, output):
     printed = pages.run(command, folder)
     words = {without_numbers(line) for line in printed.splitlines()}
