@@ -30,7 +30,7 @@ from evaclip.evaluation.datasets import (
     class_names_of,
     image_of,
     label_of,
-    open_records,
+    open_splits,
     require_classes,
     templates_of,
 )
@@ -63,45 +63,29 @@ class Sets(NamedTuple):
 
 
 def open_sets(path: str, config: FinetuneConfig, ranks: Ranks) -> Sets:
-    """Find and count both splits; communicates as ``open_records``.
+    """Find and count both splits; communicates as ``open_splits``.
 
     Raises:
         DataError: A split, the names of the classes or the templates are missing, or the splits' classes differ.
     """
-    splits = (config.train_split, config.test_split)
-    given = {"path": path, "class_names": config.class_names, "templates": config.templates}
-    datasets: list[ZeroShotDataset] = []
-    with agreed(ranks):
-        datasets = [validate({**given, "split": split}, "DATASET", ZeroShotDataset) for split in splits]
-        if not Path(datasets[0].path).is_dir():
-            raise DataError(
-                f"{path} is not a folder; give one with the splits {' and '.join(splits)}, each in CLIP_benchmark's "
-                f"layout or with a folder of images per class"
-            )
-    train, test = (open_records(dataset, None, ranks) for dataset in datasets)
+    dataset = validate(
+        {"path": path, "class_names": config.class_names, "templates": config.templates, "split": config.test_split},
+        "DATASET",
+        ZeroShotDataset,
+    )
+    train, test = open_splits(dataset, config.train_split, None, ranks)
     names: list[str] = []
     templates: list[str] = []
     with agreed(ranks):
-        names = _class_names(train, test, datasets[0], config)
-        templates = templates_of(datasets[0]) if config.head == "zero_shot" else []
+        names = _class_names(train, dataset, config)
+        templates = templates_of(dataset) if config.head == "zero_shot" else []
     return Sets(train, test, names, templates)
 
 
-def _class_names(train: Records, test: Records, dataset: ZeroShotDataset, config: FinetuneConfig) -> list[str]:
-    own, other = train.source, test.source
-    if not (isinstance(own, ImageFolder) and isinstance(other, ImageFolder)):
-        return class_names_of(dataset)
-    for folder, split in ((own, config.train_split), (other, config.test_split)):
-        if folder.root == Path(dataset.path):  # where evaluation would take the folders in it for classes
-            raise DataError(f"{dataset.path} has no folder {split}; name its splits with train_split and test_split")
-    if own.classes != other.classes:
-        only = sorted({*own.classes} ^ {*other.classes})
-        raise DataError(
-            f"{own.root} and {other.root} have other class folders (in one of them alone: {', '.join(only[:5])}); "
-            f"labels are their numbers, so both need the same"
-        )
+def _class_names(train: Records, dataset: ZeroShotDataset, config: FinetuneConfig) -> list[str]:
+    own = train.source
     named = dataset.class_names or (Path(dataset.path) / "classnames.txt").is_file()
-    if not named and config.head == "zero":
+    if isinstance(own, ImageFolder) and not named and config.head == "zero":
         return list(own.classes)
     names = class_names_of(dataset)
     require_classes(train, names)

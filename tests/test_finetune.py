@@ -29,7 +29,7 @@ from evaclip.config import FinetuneConfig, ModelConfig, ZeroShotDataset
 from evaclip.data.shards import write_shards
 from evaclip.distributed import Ranks
 from evaclip.errors import CheckpointError, ConfigError, DataError, EvaclipError, TrainingStoppedError, WeightsError
-from evaclip.evaluation.command import evaluate_checkpoint
+from evaclip.evaluation.command import Request, evaluate_model
 from evaclip.finetune import finetune_on
 from evaclip.labelled import Samples, epoch_ends, open_sets
 from evaclip.models.clip import create_model
@@ -238,11 +238,8 @@ def test_two_ranks_and_micro_batches_give_what_one_rank_gives(tmp_path, model, f
 def test_a_head_of_prompts_begins_with_the_zero_shot_result(tmp_path, shards, tree, projection):
     tree = merged(tree, image__projection=projection) if projection else tree
     path = save(tmp_path / "model", tree, std=0.1)
-    evaluate_checkpoint(
-        path,
-        {"set": ZeroShotDataset.model_validate({"path": str(shards)})},
-        limit=None, batch=None, precision=None, output=tmp_path,
-    )  # fmt: skip
+    dataset = ZeroShotDataset.model_validate({"path": str(shards)})
+    evaluate_model(path, Request({"set": dataset}, output=tmp_path))
     expected = json.loads((tmp_path / "evaluation.json").read_text())["set"]["metrics"]
     first, *later = tune(path, shards, tmp_path / "out", epochs=1, head="zero_shot", lr=1e-9)["epochs"]
     assert first == {"step": 0, "epochs": 0, **expected}
@@ -422,10 +419,10 @@ def without(*paths):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (without("test"), {}, r"/set has no folder test; name its splits with train_split and test_split"),
-        (without("train"), {}, r"/set has no folder train; name its splits"),
+        (without("test"), {}, r"/set/test is not a folder; .* name two of train"),
+        (without("train"), {}, r"/set/train is not a folder; .* name two of test"),
         (without("train"), {"train_split": "test"}, None),
-        (without("test/red"), {}, r"have other class folders \(in one of them alone: red\); labels are their numbers"),
+        (without("test/red"), {}, r"have not the same class folders: red is in one of them alone"),
         (
             lambda root: None,
             {"head": "zero_shot"},
@@ -454,9 +451,7 @@ def test_a_set_that_cannot_be_used_is_named(tmp_path, model, folders, change, op
 
 
 def test_what_is_no_folder_is_refused(tmp_path, model, shards):
-    with pytest.raises(
-        DataError, match=r"0\.tar is not a folder; give one with the splits train and test, each in CLI"
-    ):
+    with pytest.raises(DataError, match=r"0\.tar/train is not a folder; .* give a path that has them"):
         tune(model, shards / "train/0.tar", tmp_path / "out")
 
 

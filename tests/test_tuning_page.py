@@ -70,14 +70,14 @@ def test_each_schedule_of_the_page_is_valid(line):
 
 
 def test_the_sweeps_options_metric_and_command_are_those_of_its_configuration(monkeypatch):
-    sweep = yaml.safe_load((REPOSITORY / "configs/sweep.yaml").read_text(encoding="utf-8"))
+    sweep = yaml.safe_load((pages.REPOSITORY / "configs/sweep.yaml").read_text(encoding="utf-8"))
     program, command, path, *overrides, arguments = sweep["command"]
     assert (program, command, arguments) == ("${program}", "train", "${args_no_hyphens}")
     assert sweep["program"] == "evaclip"
     monkeypatch.setenv("WANDB_RUN_ID", "trial7")
     for end in ("min", "max"):
         chosen = {name: values.get(end) or values["values"][0] for name, values in sweep["parameters"].items()}
-        config = config_file.load(REPOSITORY / path, [*overrides, *(f"{name}={v}" for name, v in chosen.items())])
+        config = config_file.load(pages.REPOSITORY / path, [*overrides, *(f"{name}={v}" for name, v in chosen.items())])
         assert chosen.items() <= config_file.flatten(config).items()
         assert (config.run_dir, config.log.wandb.project) == ("runs/sweep/trial7", sweep["project"])
     _, dataset, metric = sweep["metric"]["name"].split("/")

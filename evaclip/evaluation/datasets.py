@@ -18,7 +18,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from evaclip.config import IMAGE_KEYS, EvalDataset, ImageConfig, LinearProbeDataset, ZeroShotDataset
+from evaclip.config import IMAGE_KEYS, EvalDataset, ImageConfig, ZeroShotDataset
 from evaclip.data.images import BadImageError, eval_crop, load_eval
 from evaclip.data.index import ensure_index
 from evaclip.data.shards import ShardSet, expand
@@ -123,27 +123,23 @@ def open_records(dataset: EvalDataset, index_dir: str | None, ranks: Ranks) -> R
     return Records(source, range(count), dataset, caption_per_line=folder)
 
 
-def open_splits(dataset: LinearProbeDataset, index_dir: str | None, ranks: Ranks) -> tuple[Records, Records]:
-    """Open the split that is fitted to and the one that is measured, as ``open_records``.
+def open_splits(dataset: EvalDataset, train_split: str, index_dir: str | None, ranks: Ranks) -> tuple[Records, Records]:
+    """Open the split that is learnt from and the set's own, which is measured, as ``open_records``.
 
     Raises:
         DataError: A split is missing or damaged, or class folders differ, so that a label would mean two classes.
     """
     root = Path(dataset.path)
     with agreed(ranks):
-        missing = [root / split for split in (dataset.train_split, dataset.split) if not (root / split).is_dir()]
+        missing = [root / split for split in (train_split, dataset.split) if not (root / split).is_dir()]
         if missing:
             there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
             raise DataError(
-                f"{missing[0]} is not a folder; linear_probe fits to the split {dataset.train_split} and measures "
-                f"{dataset.split}, two folders of its path; "
-                + (
-                    f"set train_split and split to two of {', '.join(there[:5])}"
-                    if there
-                    else "give a path that has them"
-                )
+                f"{missing[0]} is not a folder; classes are learnt from the split {train_split} and measured on "
+                f"{dataset.split}, two folders of one path; "
+                + (f"name two of {', '.join(there[:5])}" if there else "give a path that has them")
             )
-    train = open_records(dataset.model_copy(update={"split": dataset.train_split}), index_dir, ranks)
+    train = open_records(dataset.model_copy(update={"split": train_split}), index_dir, ranks)
     test = open_records(dataset, index_dir, ranks)
     if isinstance(train.source, ImageFolder) and isinstance(test.source, ImageFolder):
         apart = sorted({*train.source.classes} ^ {*test.source.classes})

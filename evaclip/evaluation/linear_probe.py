@@ -49,7 +49,7 @@ def probe(name: str, dataset: LinearProbeDataset, bench: Bench, index_dir: str |
             the training split has not, or there are fewer images per class than ``shots`` or a hold-out need.
     """
     ranks = bench.ranks
-    train, test = open_splits(dataset, index_dir, ranks)
+    train, test = open_splits(dataset, dataset.train_split, index_dir, ranks)
     labels, test_labels = _labels(train, ranks), _labels(test, ranks)
     with agreed(ranks):
         _require_classes(dataset, labels, test, test_labels)

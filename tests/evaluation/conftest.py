@@ -105,6 +105,9 @@ class ThreadRanks(Ranks):
     def gather_objects(self, value: Any) -> list[Any]:
         return self._all(value)
 
+    def from_main(self, value: Any) -> Any:
+        return self._all(value)[0]
+
 
 def on_threads(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
     """What ``action`` returns, or the error it raises, on every rank of a world."""

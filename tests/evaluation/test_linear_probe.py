@@ -243,7 +243,11 @@ def labelled(*labels):
 @pytest.mark.parametrize(
     ("splits", "options", "message"),
     [
-        ({}, {"train_split": "fit"}, r"fit is not a folder; .* split fit and measures test, .* two of test, train$"),
+        (
+            {},
+            {"train_split": "fit"},
+            r"fit is not a folder; .* from the split fit and measured on test, .* two of test, train$",
+        ),
         (
             {"test": labelled(0, 8, 9)},
             {},
