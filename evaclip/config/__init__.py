@@ -37,23 +37,25 @@ from evaclip.config.model import (
     TextTowerConfig,
     TimmTowerConfig,
 )
-from evaclip.config.run import (
+from evaclip.config.optim import (
     AdamWConfig,
+    Freeze,
+    LambConfig,
+    Optim,
+    OptimConfig,
+    ScheduleConfig,
+    TowerOptimConfig,
+)
+from evaclip.config.run import (
     CheckpointConfig,
     ClusterConfig,
     DeepSpeedEngineConfig,
     Engine,
-    Freeze,
     InitConfig,
-    LambConfig,
     LogConfig,
-    Optim,
-    OptimConfig,
     ProfileConfig,
     RunConfig,
-    ScheduleConfig,
     TorchEngineConfig,
-    TowerOptimConfig,
     TrainConfig,
     WandbConfig,
     WeightFormat,
