@@ -5,9 +5,9 @@ collective takes all of them), turns every exit code into 1, tells no stacks, le
 itself, and imports torch before it starts anything. The ranks get torchrun's environment and meet in the same way.
 
 Orders come as lines of JSON on stdin, reports go as lines of JSON to stdout, none above 1000 bytes: srun carries longer
-ones in pieces that it mixes with those of other nodes. Where the supervisor falls silent, its
-node is lost: the ranks are ended, and the nodes that are left ask SLURM to put the job back into its queue. When this
-process ends, the system ends its ranks (prctl(2), PR_SET_PDEATHSIG).
+ones in pieces that it mixes with those of other nodes. Where the supervisor falls silent, its node is lost: the ranks
+are ended, and the nodes that are left ask SLURM to put the job back into its queue; soon, where SLURM is ending this
+process too. When this process ends, the system ends its ranks (prctl(2), PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _FAILED_SECONDS = 5.0  # the same after one ended with an error, which the other
 _SIGNS_IN_A_REPORT = 8
 _MOST_DEAD_SPARES = 3
 _DYING_SECONDS = 20.0
-_FRESH_SECONDS = 12.0  # in which a supervisor that lives writes cluster.json several times
+_FRESH_SECONDS = 8.0  # in which a supervisor that lives writes cluster.json several times
 _ORPHANED_SECONDS = 2.0  # for SLURM to end this process, where it has ended the supervisor
+_ENDING_SECONDS = 5.0  # of silence after a signal; with the above well below SLURM's KillWait, which is 30 s by default
 
 
 class Node:
@@ -66,6 +67,9 @@ class Node:
         self._asked = time.monotonic()
         """When the supervisor was last heard of."""
         self._patience = float("inf")
+        self._looking: float | None = None
+        """Since when for a supervisor's signs in ``cluster.json``."""
+        self._seen: set[bytes] = set()
         self._codes: dict[int, int | None] = {}
         """Of the ranks that have ended, in that order; None of those that were killed from here."""
         self._deadline: float | None = None
@@ -94,10 +98,8 @@ class Node:
                     reported = time.monotonic()
                     self._tell_signs()
                     self._keep_spares()
-                if time.monotonic() - self._asked > self._patience:
-                    if self._may_give_back and self._nobody_writes():
-                        _give_back_the_job()
-                    return
+                    if self._is_alone():
+                        return
         finally:
             for rank in (*self._ranks, *self._spares):
                 rank.kill()
@@ -212,17 +214,30 @@ class Node:
         write_stacks({rank.number: rank.process.pid for rank in self._ranks}, self._logs)
         self._tell("stacks")
 
-    def _nobody_writes(self) -> bool:
-        """Whether no supervisor lives; one that does writes ``cluster.json``, and has given up this node alone."""
-        seen: set[str] = set()
-        deadline = time.monotonic() + _FRESH_SECONDS
-        while time.monotonic() < deadline and len(seen) < 2:
-            with suppress(OSError, ValueError):
-                text = (self._logs.parent / "cluster.json").read_text(encoding="utf-8")
-                json.loads(text)  # half a file is no sign
-                seen.add(text)
-            time.sleep(0.5)
-        return len(seen) == 1
+    def _is_alone(self) -> bool:
+        """Whether nobody asks for this node any more; gives back the job where its supervisor is gone.
+
+        One that lives writes ``cluster.json`` once a second: then it has given up this node alone, or will ask again.
+        """
+        now = time.monotonic()
+        silent, given_up = now - self._asked, now - self._asked > self._patience
+        if not given_up and not (self._signalled_at and silent > _ENDING_SECONDS):
+            self._looking = None
+            return False
+        if not self._may_give_back:
+            return given_up
+        if self._looking is None:
+            self._looking, self._seen = now, set()
+        with suppress(OSError):
+            self._seen.add((self._logs.parent / "cluster.json").read_bytes())
+        if len(self._seen) > 1:
+            self._looking = None
+            return given_up
+        if now - self._looking < _FRESH_SECONDS:
+            return False
+        if self._seen:
+            _give_back_the_job()
+        return True
 
     def _kill(self) -> None:
         for rank in self._ranks:

@@ -104,9 +104,13 @@ class VirtualCluster:
             return
         if name in NODES:
             daemon.kill()  # before it can tell the controller of its jobs
-            for process in _processes_on(name, self.conf):
-                with suppress(psutil.Error):
-                    process.kill()
+            lost = _processes_on(name, self.conf)
+            # All at one moment, as when a machine loses its power: what outlived the others by a millisecond would tell
+            # of their end (an srun's own child kills the whole step, on all nodes, when that srun dies).
+            for act in (psutil.Process.suspend, psutil.Process.kill):
+                for process in lost:
+                    with suppress(psutil.Error):
+                        act(process)
         else:
             daemon.terminate()
         daemon.wait()
