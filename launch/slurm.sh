@@ -19,13 +19,13 @@
 # options of sbatch on the command line come before those above.
 set -euo pipefail
 
-# SLURM runs a copy of this file: the repository is where the job was submitted from, or where the command points.
+# SLURM runs a copy of this file: the repository is where the command points, else where the job was submitted from.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ ! -f "$here/launch/slurm.sh" ] && [ -f "${SLURM_SUBMIT_DIR:-}/launch/slurm.sh" ]; then here=$SLURM_SUBMIT_DIR; fi
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$here/launch/slurm.sh" ]; then
   # Of an array, SLURM shows all tasks under the number of one.
   command=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* Command=\([^ ]*\).*/\1/p")
-  here=$(cd "$(dirname "$command")/.." && pwd)
+  here=$(cd "$(dirname "${command:-.}")/.." 2>/dev/null && pwd) || here=
+  if [ ! -f "$here/launch/slurm.sh" ]; then here=${SLURM_SUBMIT_DIR:-.}; fi
 fi
 site=${EVACLIP_SITE:-$here/launch/site.sh}
 if [ -f "$site" ]; then

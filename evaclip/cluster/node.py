@@ -217,7 +217,8 @@ class Node:
     def _is_alone(self) -> bool:
         """Whether nobody asks for this node any more; gives back the job where its supervisor is gone.
 
-        One that lives writes ``cluster.json`` once a second: then it has given up this node alone, or will ask again.
+        One that lives writes ``cluster.json`` once a second (``status_file``): then it has given up this node alone, or
+        will ask again.
         """
         now = time.monotonic()
         silent, given_up = now - self._asked, now - self._asked > self._patience

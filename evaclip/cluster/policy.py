@@ -76,13 +76,13 @@ def decide(attempts: Sequence[Attempt], config: ClusterConfig, *, may_requeue: b
         may_requeue: The scheduler takes the job back into its queue.
     """
     last = attempts[-1]
-    back = "requeue" if may_requeue else "stop"
+    back: Action = "requeue" if may_requeue else "stop"
     if last.cause == "complete":
         return Decision("done", last.detail)
     if last.cause == "refused":
         return Decision("stop", "the same command would fail again")
     if last.cause == "asked to stop":
-        return Decision(back, "the run is saved; the same command continues it")
+        return _after_a_stop(attempts, config, back)
     failed = [attempt for attempt in attempts if attempt.cause in get_args(Failure)]
     stuck = list(takewhile(lambda a: a.saved == last.saved, reversed(failed)))
     if reason := _why_not_again(list(takewhile(lambda a: _same_place(a, last), reversed(attempts))), stuck, config):
@@ -92,6 +92,18 @@ def decide(attempts: Sequence[Attempt], config: ClusterConfig, *, may_requeue: b
     first = _FIRST_WAIT_SECONDS if last.step is not None else _START_WAIT_SECONDS
     wait = min(first * 2 ** (len(stuck) - 2), _LONGEST_WAIT_SECONDS) if len(stuck) > 1 else 0.0
     return Decision("restart", last.detail, wait)
+
+
+def _after_a_stop(attempts: Sequence[Attempt], config: ClusterConfig, back: Action) -> Decision:
+    """What follows being asked to stop: the same again, unless that leads nowhere."""
+    idle = sum(1 for _ in takewhile(lambda a: a.saved == attempts[-1].saved, reversed(attempts)))
+    if idle <= config.max_restarts:
+        return Decision(back, "the run is saved; the same command continues it")
+    return Decision(
+        "stop",
+        f"{idle} starts in a row ended without a new checkpoint: a start or a checkpoint takes longer than the job's "
+        f"time allows; give it more (--time), or an earlier warning (--signal)",
+    )
 
 
 def _why_not_again(here: Sequence[Attempt], stuck: Sequence[Attempt], config: ClusterConfig) -> str:

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
+
+_OPEN_FILES = 65_536
 
 
 def main() -> None:
     """Wait, then run one command of ``evaclip``."""
+    # A rank holds a connection to each of the others (gloo, the store), and 1024 files is the usual limit.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = _OPEN_FILES if limit == resource.RLIM_INFINITY else min(limit, _OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limit))
     import evaclip.train  # noqa: PLC0415, F401  that is what takes seconds
     from evaclip.cli import main as run  # noqa: PLC0415
 

@@ -67,7 +67,8 @@ class SlurmJob:
     def may_requeue(self) -> bool:
         """It is a batch job of the kind that SLURM takes back, and nobody has ended it."""
         if described := self._describe():
-            self._may_requeue = "BatchFlag=1" in described and "Requeue=1" in described
+            # BatchFlag counts how often SLURM itself has started the job anew.
+            self._may_requeue = bool(re.search(r" BatchFlag=[1-9]", described)) and "Requeue=1" in described
         return self._may_requeue
 
     @property
@@ -116,6 +117,7 @@ class SlurmJob:
             "--mem=0",  # all that the job has
             *self._gpus,  # of each node, in whatever form the job asked for them
             "--cpu-bind=none",  # data workers need the other cores
+            "--mpi=none",  # whatever the cluster has by default
             "--export=ALL",  # whatever sbatch was told about its environment
             *self._srun_arguments,
             *command,
@@ -164,12 +166,15 @@ def _without(options: re.Pattern[str]) -> list[str]:
 
 def _ask(*command: str) -> str:
     """Output of one of SLURM's commands; empty, and a warning, where it fails for half a minute."""
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     why = ""
     for number in range(_TRIES):
         if number:
             time.sleep(number)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)  # noqa: S603
+            done = subprocess.run(  # noqa: S603
+                command, capture_output=True, text=True, check=False, timeout=10, env=environment
+            )
         except subprocess.TimeoutExpired:
             why = "no answer"
             continue

@@ -2,7 +2,7 @@
 
 It runs in the job's batch script (launch/slurm.sh), imports no torch, and holds nothing that its successor after a
 requeue would need: that finds the run directory. It writes there ``restarts.jsonl`` (one row per attempt),
-``cluster.json`` (what every rank does, once a second), ``jobs/JOB`` (see ``snapshot``) and ``logs/``.
+``cluster.json`` (see ``status_file``), ``jobs/JOB`` (see ``snapshot``) and ``logs/``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import evaclip
 from evaclip import config_file
 from evaclip.checkpoint_names import complete, newest_step, saved_slots
-from evaclip.cluster.behind import Behind
 from evaclip.cluster.machines import Machines
-from evaclip.cluster.policy import Attempt, Decision, Sign, choose_nodes, decide, unfit_nodes
+from evaclip.cluster.policy import Attempt, Decision, choose_nodes, decide, unfit_nodes
 from evaclip.cluster.snapshot import Snapshot, take
+from evaclip.cluster.status_file import StatusFile
 from evaclip.cluster.watch import Ending, Launchers, StopSignals, Watch
 from evaclip.config import RunConfig
 from evaclip.data.order import choose_slots
@@ -51,15 +50,14 @@ class Supervisor:
     ) -> None:
         self.config, self.machines, self.snapshot, self.request = config, machines, snapshot, request
         self._only_check = only_check
-        self._files = Behind()
-        self._told = 0
-        """Bytes of ``cluster.json``."""
         self.run_dir = Path(config.run_dir)
+        self._status = StatusFile(self.run_dir / "cluster.json", machines.job)
         self.attempts: list[Attempt] = []
         self._number = 0
         self._launchers: Launchers | None = None
         self._suspects: set[str] = set()
         """Nodes that gave no sign of life, until they start a process again."""
+        self._why_too_few = ""
 
     def run(self) -> Decision:
         """Attempt after attempt, until one of them is the last; the training begins when the check is done."""
@@ -72,14 +70,14 @@ class Supervisor:
             while decision.action == "restart":
                 if decision.wait_seconds:
                     _log.info("starting again in %.0f s", decision.wait_seconds)
-                    self._tell([], "waiting")
+                    self._status.tell(self._number, "waiting")
                     self._sleep(decision.wait_seconds)
                 decision = self._attempt([what, str(self.snapshot.config)])
             if decision.action != "done":
                 break
         self._close()
-        self._tell([], "ended")
-        self._files.close()
+        self._status.tell(self._number, "ended")
+        self._status.close()
         return decision
 
     def _attempt(self, arguments: list[str]) -> Decision:
@@ -98,7 +96,7 @@ class Supervisor:
             self._launchers,
             self.config.cluster,
             self.request,
-            lambda signs: self._tell(signs, state),
+            partial(self._status.tell, self._number, state),
             lambda: self.machines.seconds_left,
         )
         ending = watch.run(
@@ -121,11 +119,12 @@ class Supervisor:
     def _judge(self, what: str, ending: Ending, nodes: tuple[str, ...], began: float) -> Decision:
         """Decide what follows an attempt, and keep both for people, scripts and the next start of this job."""
         if what == "preflight":  # the node that found what is wrong is not the one that has it
-            ending = ending._replace(blamed=None)
+            named = re.search(r"preflight found \d+ problems?: (\S+): ", ending.detail)
+            ending = ending._replace(blamed=named[1] if named and named[1] in nodes else None)
         if ending.lost:
             self._suspects |= ending.lost
             self._close()
-        saved = newest_step(self.run_dir / "checkpoints")
+        saved = self._saved()
         self.attempts.append(Attempt(nodes, ending.cause, ending.detail, ending.step, saved, ending.blamed))
         may_requeue = self._may_requeue()
         decision = decide(self.attempts, self.config.cluster, may_requeue=may_requeue)
@@ -155,6 +154,14 @@ class Supervisor:
         log("attempt %d: %s (%s); %s", self._number, ending.cause, ending.detail, decision.action)
         return decision
 
+    def _saved(self) -> int | None:
+        """Step of the newest checkpoint; the one known before where storage fails, perhaps what the ranks died of."""
+        try:
+            return newest_step(self.run_dir / "checkpoints")
+        except OSError as error:
+            _log.warning("%s cannot be read: %s", self.run_dir, error)
+            return self.attempts[-1].saved if self.attempts else None
+
     def _may_requeue(self) -> bool:
         """Whether the job goes back into the queue by itself: not where its user ends it, or SLURM does that anyway."""
         asked = self.request.numbers
@@ -165,9 +172,7 @@ class Supervisor:
     def _nodes(self) -> tuple[str, ...]:
         """Nodes for the next attempt; waits a while for enough of them."""
         machines, config = self.machines, self.config
-        saved = complete(self.run_dir / "checkpoints")
-        own = saved_slots(saved[-1]) if saved else None
-        slots = own or choose_slots(config.train.global_batch, 1, config.data.slots)
+        slots = self._slots()
         deadline = time.monotonic() + _NODES_BACK_SECONDS
         while not self.request.numbers:
             there = machines.nodes()
@@ -185,7 +190,8 @@ class Supervisor:
             )
             unfit = unfit_nodes(self.attempts)
             chosen = choose([node for node in available if node not in unfit]) or choose(available)
-            if chosen:
+            awaited = min(machines.num_left, machines.num_nodes) - len(available)
+            if chosen and (awaited <= 0 or time.monotonic() > deadline):
                 spare = [node for node in available if node not in chosen]
                 if spare:
                     _log.info("%s spare: %d slots are shared by %d nodes", _short(spare), slots, len(chosen))
@@ -194,9 +200,38 @@ class Supervisor:
                 # All are there, and do not divide the work: say so as a single machine would.
                 choose_slots(config.train.global_batch, machines.num_nodes * machines.ranks_per_node, slots)
             if time.monotonic() > deadline or machines.num_left < (config.cluster.min_nodes or machines.num_nodes):
+                self._why_too_few = self._reason(len(available), slots)
                 break  # what SLURM has taken away from the job does not come back
             self._sleep(1.0)
         return ()
+
+    def _slots(self) -> int:
+        """Of the run's data order: those of its newest checkpoint, else what the configuration says."""
+        config = self.config
+        while True:
+            try:
+                saved = complete(self.run_dir / "checkpoints")
+                own = saved_slots(saved[-1]) if saved else None
+            except OSError as error:
+                _log.warning("%s cannot be read, waiting for it: %s", self.run_dir, error)
+                self._sleep(10.0)
+                if self.request.numbers:
+                    own = None  # nothing will be started
+                else:
+                    continue
+            return own or choose_slots(config.train.global_batch, 1, config.data.slots)
+
+    def _reason(self, available: int, slots: int) -> str:
+        """Why nothing is started with so many nodes."""
+        wanted = self.machines.num_nodes
+        fewest = min(self.config.cluster.min_nodes or wanted, wanted)
+        if available < fewest:
+            return f"fewer than {fewest} of {wanted} nodes answer (cluster.min_nodes)"
+        ranks = self.machines.ranks_per_node
+        return (
+            f"{available} of {wanted} nodes answer, and no number of them from {fewest} (cluster.min_nodes) up shares "
+            f"{slots} slots evenly with {ranks} ranks on each"
+        )
 
     def _port(self) -> int:
         """Another one for each job and attempt: jobs may share a node, and what was killed may still hold its own."""
@@ -211,9 +246,7 @@ class Supervisor:
     def _too_few(self, what: str) -> Decision:
         if self.request.numbers:
             return self._judge(what, Ending("asked to stop", "asked between two attempts", None), (), time.time())
-        fewest = self.config.cluster.min_nodes or self.machines.num_nodes
-        reason = f"fewer than {fewest} of {self.machines.num_nodes} nodes answer (cluster.min_nodes)"
-        return self._judge(what, Ending("too few nodes", reason, None), (), time.time())
+        return self._judge(what, Ending("too few nodes", self._why_too_few, None), (), time.time())
 
     def _sleep(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -224,29 +257,6 @@ class Supervisor:
         if self._launchers:
             self._launchers.close()
             self._launchers = None
-
-    def _tell(self, signs: Sequence[Sign], state: str) -> None:
-        """Have ``cluster.json`` written in place: a new file each second would keep a network's file system busy.
-
-        It never becomes shorter, so whoever reads meanwhile finds the old or the new content, not an empty file.
-        """
-        nodes: dict[str, list[dict[str, Any]]] = {}
-        for sign in signs:
-            row = {"rank": sign.rank, "pid": sign.pid, "step": sign.step, "phase": sign.phase}
-            nodes.setdefault(sign.node, []).append({**row, "age_seconds": round(sign.age_seconds, 2)})
-        status = {"time": time.time(), "job": self.machines.job, "attempt": self._number, "state": state}
-        text = json.dumps({**status, "nodes": nodes})
-        self._told = max(self._told, len(text) + 1)
-        self._files.do(partial(_overwrite, self.run_dir / "cluster.json", f"{text:<{self._told - 1}}\n".encode()))
-
-
-def _overwrite(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        os.pwrite(descriptor, content, 0)
-        os.ftruncate(descriptor, len(content))
-    finally:
-        os.close(descriptor)
 
 
 def earlier_attempts(run_dir: Path, job: str, what: str) -> list[Attempt]:
@@ -298,7 +308,9 @@ def supervise(config: RunConfig, machines: Machines, *, renew: bool, only_check:
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
     supervisor = Supervisor(config_file.load(snapshot.config), machines, snapshot, request, only_check=only_check)
     decision = supervisor.run()
-    if decision.action == "requeue":
+    if decision.action == "requeue" and machines.is_ending():  # since it was decided
+        _log.info("not requeued: the job is being ended")
+    elif decision.action == "requeue":
         _log.info("requeued: %s", decision.reason)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         machines.requeue()

@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
+from evaclip.cluster.behind import Behind
 from evaclip.cluster.policy import Cause, Sign, silent_ranks
 from evaclip.cluster.protocol import LEFT_WELL, ONE_REQUEST_SECONDS, REPORT_SECONDS, STACKS_SECONDS, STALLED_SECONDS
 from evaclip.config import ClusterConfig
@@ -45,10 +47,14 @@ class Launchers:
         self.heard_of: set[str] = set()
         """Nodes that have answered at all: until then they may be fetching a container."""
         self.process = subprocess.Popen(  # noqa: S603  our own command
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         assert self.process.stdin
         assert self.process.stdout
+        # The job's output may be on storage that stands still, and srun then hands on no orders and no reports.
+        self._output = Behind()
+        self._passing_on = threading.Thread(target=self._pass_on, name="output", daemon=True)
+        self._passing_on.start()
         self._orders, self._reports, self._torn = self.process.stdin, self.process.stdout, b""
         self._writing = threading.Lock()
         self._closed = threading.Event()
@@ -64,6 +70,13 @@ class Launchers:
         with self._writing, suppress(OSError, ValueError):  # it has ended: the watch sees that
             self._orders.write((json.dumps({"order": order, **content}) + "\n").encode())
             self._orders.flush()
+
+    def _pass_on(self) -> None:
+        """What rank 0 prints, and srun itself."""
+        assert self.process.stderr
+        with self.process.stderr as printed:
+            while content := os.read(printed.fileno(), 1 << 16):
+                self._output.do(partial(os.write, 2, content))
 
     def _keep_alive(self) -> None:
         while not self._closed.wait(_ALIVE_SECONDS):
@@ -100,7 +113,10 @@ class Launchers:
             self.process.wait(_LEAVE_SECONDS)
         except subprocess.TimeoutExpired:  # srun waits for a node that is lost
             self.process.kill()
-            self.process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_LEAVE_SECONDS)
+        self._passing_on.join(_LEAVE_SECONDS)
+        self._output.close()
         self._selector.close()
         self._reports.close()
 
@@ -156,6 +172,8 @@ class Watch:
         self._began = time.monotonic()
         self._heard = dict.fromkeys(launchers.nodes, self._began)
         self._signs: dict[int, Sign] = {}
+        self._places: dict[int, str] = {}
+        """Node of each rank."""
         self._left: dict[str, dict[str, Any]] = {}
         self._deadline: float | None = None
         """When the ranks of the other nodes are killed, after those of one have failed."""
@@ -167,6 +185,12 @@ class Watch:
     def run(self, order: dict[str, Any]) -> Ending:
         """Watch one attempt from its start order to its end."""
         self._attempt = order["attempt"]
+        per_node = order["ranks_per_node"]
+        self._places = {
+            rank: node
+            for n, node in enumerate(self.launchers.nodes)
+            for rank in range(n * per_node, (n + 1) * per_node)
+        }
         self.launchers.order("start", **order)
         told = looked = time.monotonic()
         while True:
@@ -233,12 +257,19 @@ class Watch:
             return Ending("no start", f"no node was started: srun ended with code {code}, see the output", None)
         silent = self._silent_nodes(now)
         if silent or self.launchers.process.poll() is not None:
-            gone = silent or self._missing()
-            return self._finish("a node is gone", f"{', '.join(gone)} gives no sign of life", lost=gone)
+            return self._gone(silent)
         hanging = silent_ranks([sign for sign in self.signs if sign.node not in self._left], self.config)
         if hanging or (not self._signs and now - self._began > self.config.start_timeout_seconds):
             return self._hang(hanging)
         return None
+
+    def _gone(self, silent: list[str]) -> Ending:
+        gone = silent or self._missing()
+        if never := [node for node in silent if node not in self.launchers.heard_of]:
+            detail = f"{', '.join(never)}: the launcher has not started there, see the job's output"
+            ending = self._finish("no start", detail, lost=gone)
+            return ending._replace(blamed=never[0] if len(never) == 1 else None)
+        return self._finish("a node is gone", f"{', '.join(gone)} gives no sign of life", lost=gone)
 
     def _missing(self) -> list[str]:
         """Nodes whose ranks have not all ended."""
@@ -255,8 +286,13 @@ class Watch:
 
     def _hang(self, hanging: list[Sign]) -> Ending:
         shown = "; ".join(map(str, hanging[:4])) + (f" and {len(hanging) - 4} more" if len(hanging) > 4 else "")
-        if not hanging:
-            detail = "no rank gave a sign of life"
+        unseen = {
+            rank: node for rank, node in self._places.items() if rank not in self._signs and node not in self._left
+        }
+        if unseen:  # the others wait for them
+            named = ", ".join(f"rank {rank} on {node}" for rank, node in list(unseen.items())[:4])
+            more = f" and {len(unseen) - 4} more" if len(unseen) > 4 else ""
+            detail = f"{named}{more}: no sign of life since the start"
         elif len(hanging) == len(self._signs) > 1:
             detail = f"all ranks wait, a collective does not return: {shown}"
         else:
@@ -269,7 +305,7 @@ class Watch:
             for report in self.launchers.reports(0.1):
                 self._take(report)
                 answered |= {report["node"]} if report["report"] == "stacks" else set()
-        blamed = {sign.node for sign in hanging}
+        blamed = {*unseen.values()} or {sign.node for sign in hanging}
         ending = self._finish("a rank hangs", detail)
         return ending._replace(step=step, blamed=blamed.pop() if len(blamed) == 1 else None)
 
@@ -297,8 +333,10 @@ class Watch:
     def _judge(self) -> Ending:
         """What the ranks' exit codes mean, when all that answer have left."""
         lost = frozenset(self._missing())
-        if lost:  # the others died of it
-            return Ending("a node is gone", f"{', '.join(sorted(lost))} gives no sign of life", self._step(), lost)
+        if lost:  # the others died of it, most likely
+            said = [f"{node}: {words}" for node, report in self._left.items() for words in report["words"].values()]
+            why = f"; {said[0]}" if said else ""
+            return Ending("a node is gone", f"{', '.join(sorted(lost))} gives no sign of life{why}", self._step(), lost)
         codes: list[tuple[int, int | None]] = [
             (rank, code) for report in self._left.values() for rank, code in report["codes"]
         ]

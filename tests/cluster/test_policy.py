@@ -134,6 +134,16 @@ def test_being_asked_to_stop_does_not_count_as_a_failure():
     assert decide(attempts, CONFIG, may_requeue=True) == ("restart", "what", 5)
 
 
+def test_starts_that_are_asked_to_stop_before_they_save_end_too():
+    asked = attempt("asked to stop", step=None)
+    assert decide([attempt("asked to stop", saved=4), *[asked] * 4], CONFIG, may_requeue=True).action == "requeue"
+    decision = decide([asked] * 5, CONFIG, may_requeue=True)
+    assert decision.action == "stop"
+    assert decision.reason.startswith("5 starts in a row ended without a new checkpoint: ")
+    progress = [attempt("asked to stop", saved=step) for step in range(20)]
+    assert decide(progress, CONFIG, may_requeue=True).action == "requeue"
+
+
 def test_a_node_that_was_to_blame_twice_in_a_row_is_unfit():
     first, other = attempt(blamed="n7"), attempt(blamed="n3")
     assert unfit_nodes([first]) == set()

@@ -89,6 +89,10 @@ def test_only_batch_jobs_that_slurm_takes_back_are_requeued(answers):
     assert here.may_requeue
     answers["scontrol job"] = ""  # silent: as it was
     assert here.may_requeue
+    answers["scontrol job"] = JOB.replace("BatchFlag=1", "BatchFlag=3")  # SLURM has started it anew twice
+    assert here.may_requeue
+    answers["scontrol job"] = JOB.replace("BatchFlag=1", "BatchFlag=0")  # salloc
+    assert not here.may_requeue
     answers["scontrol job"] = JOB.replace("Requeue=1", "Requeue=0")
     assert not here.may_requeue
 

@@ -71,7 +71,7 @@ def watched(
     launchers = Reports(turns, then)
     config = ClusterConfig.model_validate({"start_timeout_seconds": 60, "step_timeout_seconds": 10, **limits})
     watch = Watch(launchers, config, request or StopSignals(), lambda signs: None, lambda: seconds_left)  # pyright: ignore[reportArgumentType]
-    return watch.run({"attempt": 1}), launchers
+    return watch.run({"attempt": 1, "ranks_per_node": 1}), launchers
 
 
 BOTH = [alive("n1", 0), alive("n2", 1)]
@@ -118,6 +118,39 @@ def test_a_silent_rank_is_named_and_its_stack_is_asked_for():
     assert (ending.cause, ending.blamed, ending.lost) == ("a rank hangs", "n2", frozenset())
     assert ending.detail.endswith("process 101): no sign of life for 11.5 s")
     assert launchers.orders == ["start", "stacks", "kill"]
+
+
+def test_ranks_that_wait_at_one_place_are_a_collective_that_does_not_return():
+    silent = [alive("n1", 0, age=11.0), alive("n2", 1, age=11.5)]
+    stacks = [report("stacks", node) for node in NODES]
+    ending, _ = watched(BOTH, silent, stacks, [left("n1", 0, None), left("n2", 1, None)])
+    assert ending.detail.startswith(
+        "all ranks wait, a collective does not return: rank 0 on n1 (in forward of step 8, "
+    )
+    assert ending.blamed is None
+
+
+def test_a_rank_that_never_gave_a_sign_is_to_blame_not_those_that_wait_for_it():
+    waiting = [alive("n1", 0, step=-1, phase="start", age=61.0), report("alive", "n2", ranks=[])]
+    stacks = [report("stacks", node) for node in NODES]
+    ending, _ = watched(waiting, stacks, [left("n1", 0, None), left("n2", 1, None)])
+    assert (ending.cause, ending.blamed) == ("a rank hangs", "n2")
+    assert ending.detail == "rank 1 on n2: no sign of life since the start"
+
+
+def test_a_node_whose_launcher_does_not_start_is_to_blame():
+    ending, _ = watched([alive("n1", 0)], then=("n1",), start_timeout_seconds=0.3, node_timeout_seconds=0.2)
+    assert (ending.cause, ending.blamed, ending.lost) == ("no start", "n2", {"n2"})
+    assert ending.detail == "n2: the launcher has not started there, see the job's output"
+
+
+def test_what_others_say_of_a_lost_node_is_told(monkeypatch):
+    monkeypatch.setattr(module, "_OTHERS_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_KILL_SECONDS", 0.1)
+    said = "error: preflight found 1 problems: n2: no word in x"
+    ending, _ = watched(BOTH, [left("n1", 0, 1, said)], then=())
+    assert (ending.cause, ending.lost) == ("a node is gone", {"n2"})
+    assert ending.detail == f"n2 gives no sign of life; n1: {said}"
 
 
 def test_a_silent_node_is_lost_and_the_others_are_killed():
@@ -170,6 +203,12 @@ def test_nodes_hear_that_their_supervisor_lives_while_it_waits_for_something_els
     launchers.close()
     assert len(heard) > 2
     assert launchers.process.returncode == 0
+
+
+def test_what_srun_and_rank_0_print_reaches_the_jobs_output(capfd):
+    script = "import sys; sys.stderr.write('step 1\\n' * 5000); sys.stderr.flush(); sys.stdin.read()"
+    Launchers(["n1"], [sys.executable, "-c", script]).close()
+    assert capfd.readouterr().err == "step 1\n" * 5000
 
 
 def test_a_second_request_at_the_same_node_ends_it_at_once(monkeypatch):
