@@ -46,6 +46,7 @@ from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.config_file import dump
 from evaclip.distributed import Ranks, agreed
 from evaclip.errors import CheckpointError
+from evaclip.files import flush, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -273,8 +274,8 @@ class CheckpointWriter:
         if self._tokenizer:
             (temporary / TOKENIZER).write_bytes(self._tokenizer.content)
             flush(temporary / TOKENIZER)
-        write_flushed(temporary / "config.yaml", dump(self._config))
-        write_flushed(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
+        write_text(temporary / "config.yaml", dump(self._config))
+        write_text(temporary / "meta.json", json.dumps({**meta, "xxh3": meta_checksum(meta)}))
         for word in temporary.glob("part_*.json"):
             word.unlink()
         flush(temporary)
@@ -374,9 +375,7 @@ def _part_name(rank: int) -> str:
 
 def _leave_word(part: Path, word: dict[str, Any]) -> None:
     """Tell rank 0 about a part."""
-    hidden = part.with_name(f".{part.stem}.json")
-    hidden.write_text(json.dumps(word), encoding="utf-8")
-    hidden.rename(part.with_suffix(".json"))
+    write_json(part.with_suffix(".json"), word, flushed=False)
 
 
 def _size(path: Path) -> int:
@@ -397,21 +396,5 @@ def _read_word(part: Path) -> dict[str, Any] | None:
 def _point_to(path: Path) -> None:
     """Make a checkpoint's name last, and write it into ``latest``."""
     flush(path.parent)
-    write_flushed(path.with_name(".latest.tmp"), path.name + "\n")
-    path.with_name(".latest.tmp").replace(path.with_name("latest"))
+    write_text(path.with_name("latest"), path.name + "\n")
     flush(path.parent)
-
-
-def write_flushed(path: Path, text: str) -> None:
-    """Write a small file and force it to the disk."""
-    path.write_text(text, encoding="utf-8")
-    flush(path)
-
-
-def flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,18 +10,16 @@ alone. This module does not know how features are computed.
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaclip.errors import ConfigError, DataError, writing
+from evaclip.files import replacing, write_json
 
 ABOUT = "features.json"
 FORMAT = 1
@@ -135,8 +133,9 @@ class Features:
                 raise DataError(f"{self.folder} holds features {found}; choose another folder")
             return
         saved = {"format": FORMAT, **asdict(self.about)}
-        with writing(str(self.folder), DataError), _replacing(self.folder / ABOUT) as file:
-            file.write(json.dumps(saved, indent=1).encode())
+        with writing(str(self.folder), DataError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / ABOUT, saved, indent=1)
 
     def is_whole(self, number: int) -> bool:
         """Whether a part is there, with all its rows."""
@@ -186,11 +185,13 @@ class Features:
         }
         table = pa.table(columns).replace_schema_metadata({_FACTS: json.dumps(facts).encode()})
         with writing(str(metadata), DataError):
+            for path in (image, text, metadata):
+                path.parent.mkdir(exist_ok=True)
             metadata.unlink(missing_ok=True)  # of a part that was not whole
             for path, values in ((image, part.image), (text, part.text)):
-                with _replacing(path) as file:
+                with replacing(path) as file:
                     np.save(file, values)
-            with _replacing(metadata) as file:
+            with replacing(metadata) as file:
                 parquet.write_table(table, file, compression="zstd")
 
     def similarities(self, number: int) -> tuple[list[str], NDArray[np.float32]]:
@@ -202,7 +203,7 @@ class Features:
     def list_skipped(self) -> list[Skipped]:
         """Write ``skipped.jsonl``, a line per record that no part has a row of; returns them. All parts are whole."""
         found: list[Skipped] = []
-        with writing(str(self.folder / SKIPPED), DataError), _replacing(self.folder / SKIPPED) as file:
+        with writing(str(self.folder / SKIPPED), DataError), replacing(self.folder / SKIPPED) as file:
             for number, shard in enumerate(self.about.shards):
                 account = self.account(number)
                 assert account is not None
@@ -224,13 +225,15 @@ class Features:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text so that half a file never looks like a whole one.
+    """Write a text.
 
     Raises:
         DataError: It cannot be written.
     """
-    with writing(str(path), DataError), _replacing(path) as file:
-        file.writelines(f"{line}\n".encode() for line in lines)
+    with writing(str(path), DataError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def require_pyarrow() -> None:
@@ -245,18 +248,3 @@ def _pyarrow() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise ConfigError("features need pyarrow, which is missing; pip install 'evaclip[parquet]'") from error
     return pa, parquet
-
-
-@contextmanager
-def _replacing(path: Path) -> Generator[IO[bytes]]:
-    """A file that gets its name when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,7 +31,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaclip.changes import differences, lines
-from evaclip.checkpoint_writer import flush
 from evaclip.classifier import last_layer, prompts, set_head, with_head
 from evaclip.config import AdamWConfig, FinetuneConfig, LossConfig
 from evaclip.config_file import flatten
@@ -44,7 +43,7 @@ from evaclip.evaluation import Predictions, Result, format_table, open_bench, wr
 from evaclip.evaluation.accuracy import accuracies, nearest_classes
 from evaclip.evaluation.datasets import label_of
 from evaclip.evaluation.encoding import Bench, in_batches, in_order
-from evaclip.evaluation.results import write_json
+from evaclip.files import flush, write_json
 from evaclip.labelled import MAX_PIXELS, Batch, Samples, Sets, batches, epoch_ends, open_sets
 from evaclip.lock import lock
 from evaclip.metrics import EVAL_METRICS

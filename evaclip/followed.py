@@ -14,6 +14,7 @@ two files, and the last step that the server has tells what it lacks (``sent``).
 from __future__ import annotations
 
 import heapq
+import json
 import logging
 import math
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaclip.files import write_text
 from evaclip.history import append_rows, cut_rows, whole_rows
 
 FOLDER = "followed"
@@ -131,10 +133,7 @@ class Places:
         ]
         noted += [{**row, "behind": _VOID} for row in self._fresh() if row["step"] > self._restored]
         if noted != self._noted:
-            temporary = self._path.with_name(f".{self._path.name}.tmp")
-            temporary.unlink(missing_ok=True)
-            append_rows(temporary, noted)
-            temporary.replace(self._path)
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in noted))
             self._noted, self.rows = noted, [row for row in noted if row["behind"] >= 0]
 
     def add(self, upto_step: int) -> None:

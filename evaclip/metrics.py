@@ -91,6 +91,9 @@ EVAL_METRICS: dict[str, tuple[str, ...]] = {
 TEMPLATE_METRICS = tuple(f"template_top1_{what}" for what in ("min", "median", "max", "std"))
 """Of a zero-shot set with ``per_template``: top1 of each template alone, over the templates."""
 
+AVERAGE_METRICS = ("mean", "gap")
+"""Of a suite's average: its value, and with ``gap_from`` how far that set is above it."""
+
 SHOTS_METRICS = ("top1_std",)
 """Of a linear probe with ``shots``: the standard deviation of top1 over the draws."""
 

@@ -11,7 +11,6 @@ is the wait for data alone, and a slow processor or GPU cannot be told from the 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from evaclip.distributed import Ranks
+from evaclip.files import write_json
 
 _SLOW = 1.5
 """Multiple of the median at which a rank is slow."""
@@ -145,6 +145,4 @@ def write_ranks(path: Path, step: int, paces: Sequence[RankPace]) -> None:
     """Replace ``ranks.json``; whoever reads it meets a whole file."""
     usual = _usual(paces)
     rows = [{**pace._asdict(), "slow": _is_slow(pace, usual)} for pace in paces]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"step": step, "time": time.time(), "ranks": rows}) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, {"step": step, "time": time.time(), "ranks": rows}, flushed=False)

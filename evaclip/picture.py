@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaclip.errors import ConfigError, writing
+from evaclip.files import replacing
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Of Okabe and Ito, told apart by the colour-blind too."""
@@ -17,8 +18,6 @@ def require_png(output: Path) -> None:
 
 
 def write_png(output: Path, content: bytes) -> None:
-    """Write a picture so that half a file never looks like a whole one."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    with writing(f"--output {output}"):
-        temporary.write_bytes(content)
-        temporary.replace(output)
+    """Write a picture."""
+    with writing(f"--output {output}"), replacing(output, flushed=False) as file:
+        file.write(content)

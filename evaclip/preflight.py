@@ -14,10 +14,11 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from evaclip.config import DeepSpeedEngineConfig, RunConfig, ShardSource
 from evaclip.data.tar import expand_names
 from evaclip.distributed import Ranks, started
 from evaclip.errors import EvaclipError, writing
+from evaclip.files import write_json
 from evaclip.heartbeat import beat
 from evaclip.models.clip import CLIP
 from evaclip.trial import available_bytes
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "safetensors", "triton", "flash-attn")
 _CLOCK_SECONDS = 2.0
-"""That two nodes' clocks may be apart; times in logs and names of files depend on them, no step does."""
+"""That a node's clock may be from the others'; times in logs and names of files depend on them, no step does."""
 _IDLE_SHARE = 0.1  # of a GPU's memory that may be in use: what the driver and CUDA take for themselves
 _MEET_SECONDS = 240.0  # for all nodes to import torch and look at themselves, perhaps from a cold network disk
 _GROUP_SECONDS = 300.0  # for all ranks to meet
@@ -82,16 +84,22 @@ def preflight(config: RunConfig) -> None:
     with started(need_group=isinstance(config.engine, DeepSpeedEngineConfig), timeout_seconds=_GROUP_SECONDS) as ranks:
         beat("end")  # imports are done: the launcher readies the next ranks now
         ranks.barrier()
-        clocks = ranks.gather_objects(time.time())
+        clocks = dict(ranks.gather_objects((os.environ.get("EVACLIP_NODE", platform.node()), time.time())))
         speed = _all_reduce(ranks)
         if ranks.is_main:
-            apart = max(clocks) - min(clocks)
+            apart = max(clocks.values()) - min(clocks.values())
             print(  # noqa: T201  as above
                 f"all-reduce over {ranks.world_size} ranks: {speed:.2f} GB/s per rank; clocks within {apart:.2f} s",
                 flush=True,
             )
-            if apart > _CLOCK_SECONDS:
-                log.warning("the nodes' clocks are %.1f s apart; logs will not fit together", apart)
+            for node, seconds in _wrong_clocks(clocks):
+                log.warning("%s: its clock is %+.1f s from the others'; logs will not fit together", node, seconds)
+
+
+def _wrong_clocks(clocks: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Nodes whose clocks, read at one moment, are far from the middle one, and by how many seconds."""
+    middle = median(clocks.values())
+    return [(node, clock - middle) for node, clock in clocks.items() if abs(clock - middle) > _CLOCK_SECONDS]
 
 
 def _start_name() -> str:
@@ -101,11 +109,9 @@ def _start_name() -> str:
 
 
 def _write(folder: Path, facts: Facts) -> None:
-    """Leave a node's facts for rank 0; the file has its name when it is whole."""
+    """Leave a node's facts for rank 0."""
     with writing(str(folder)):
-        temporary = folder / f".{facts.node}.tmp"
-        temporary.write_text(json.dumps(facts._asdict()), encoding="utf-8")
-        temporary.replace(folder / f"{facts.node}.json")
+        write_json(folder / f"{facts.node}.json", facts._asdict())
 
 
 def _gather(folder: Path, num_nodes: int) -> tuple[list[Facts], list[str]]:

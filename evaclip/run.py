@@ -22,7 +22,7 @@ import torch
 import evaclip
 from evaclip import changes, checkpoint
 from evaclip.accumulation import adds_up_in_16_bits, num_micro_batches
-from evaclip.checkpoint_writer import CheckpointWriter, flush, write_flushed
+from evaclip.checkpoint_writer import CheckpointWriter
 from evaclip.config import ImageTowerConfig
 from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.config_file import dump
@@ -32,6 +32,7 @@ from evaclip.data.readers import OpenedSource
 from evaclip.distributed import Ranks, agreed
 from evaclip.engine import create_engine
 from evaclip.errors import CheckpointError, ConfigError, DataError, writing
+from evaclip.files import replacing, write_text
 from evaclip.freezing import FrozenPiece, freeze
 from evaclip.lock import lock
 from evaclip.logs import log_setup
@@ -195,8 +196,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Run:
         _load_state(reader, run)
     with agreed(ranks), writing(f"run_dir {run.directory}"):
         if ranks.is_main:
-            write_flushed(run.directory / ".config.yaml.tmp", dump(config))
-            (run.directory / ".config.yaml.tmp").replace(run.directory / "config.yaml")
+            write_text(run.directory / "config.yaml", dump(config))
             _announce(run, reader)
             if reader:
                 _record_changes(run, reader, changed)
@@ -244,9 +244,8 @@ def _keep_tokenizer(config: RunConfig, ranks: Ranks) -> RunConfig:
         if ranks.is_main:
             file = read_tokenizer(text.tokenizer, text.tokenizer_digest, text.vocab_size)
             if not own.exists() or own.read_bytes() != file.content:
-                own.with_name(f".{TOKENIZER}.tmp").write_bytes(file.content)
-                flush(own.with_name(f".{TOKENIZER}.tmp"))
-                own.with_name(f".{TOKENIZER}.tmp").replace(own)
+                with replacing(own) as copy:
+                    copy.write(file.content)
             log.info("tokenizer %s: %d ids, %s ends a text", text.tokenizer, file.vocab_size, file.after[-1].name)
     return config.model_copy(update={"model": config.model.with_tokenizer(own)})
 

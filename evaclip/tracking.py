@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from evaclip.alerts import Alert, restarts
 from evaclip.checkpoint import CheckpointReader, best, complete, find_checkpoint
 from evaclip.errors import CheckpointError, ConfigError
+from evaclip.files import write_text
 from evaclip.followed import Places, Sent, values_of
 from evaclip.history import History, whole_rows
 from evaclip.lock import lock
@@ -130,9 +131,7 @@ class Tracker:
             told = max(self._restarts_told, int(path.read_text(encoding="utf-8")) if path.exists() else 0)
             rows = whole_rows(self._run_dir / "restarts.jsonl")
             if not self._run.offline:
-                temporary = path.with_name("restarts_told.tmp")
-                temporary.write_text(str(len(rows)), encoding="utf-8")
-                temporary.replace(path)
+                write_text(path, str(len(rows)))
         except (OSError, ValueError) as error:
             _log.warning("restarts are not told to W&B: %s", error)
             return

@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from evaclip.errors import ConfigError
+from evaclip.files import write_text
 
 
 def stored_id(run_dir: Path) -> str:
@@ -51,12 +52,7 @@ def new_id(run_dir: Path, run_id: str | None = None) -> str:
     """Make an id, unless there is one, and store it before W&B hears of it."""
     run_id = run_id or secrets.token_hex(6)
     path = run_dir / "wandb_run_id"
-    temporary = path.with_name("wandb_run_id.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(f"{run_id}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, f"{run_id}\n")
     return run_id
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "evaclip"
 LAYERS = [
     {
         "errors",
+        "files",
         "config",
         "config_file",
         "data.order",

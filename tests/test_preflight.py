@@ -11,7 +11,7 @@ from tiny import tiny_config
 
 from evaclip.data.shards import write_shards
 from evaclip.errors import EvaclipError
-from evaclip.preflight import _facts, _write, preflight
+from evaclip.preflight import _facts, _write, _wrong_clocks, preflight
 
 
 def test_table_of_a_machine_that_is_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +21,11 @@ def test_table_of_a_machine_that_is_fit(tmp_path: Path, capsys: pytest.CaptureFi
     assert row.split()[-1] == "none"
     assert speed.startswith("all-reduce over 1 ranks")
     assert not list((tmp_path / "run/preflight").iterdir())
+
+
+def test_a_clock_that_is_not_as_the_others_is_named() -> None:
+    assert _wrong_clocks({"n1": 100.0, "n2": 101.9, "n3": 100.1}) == []
+    assert _wrong_clocks({"n1": 100.0, "n2": 100.1, "n7": 97.0}) == [("n7", -3.0)]
 
 
 def test_everything_that_is_wrong_is_named_at_once(

@@ -97,7 +97,8 @@ def chance(metric: str, *, classes: int | None = None, images: int = 0, captions
         captions: Of a retrieval set, equally many per image.
     """
     if classes is not None:
-        return min(1.0, 5 / classes) if metric == "top5" else 1 / classes
+        near = {"top1": 1, "mean_per_class": 1, "top5": 5}.get(metric)
+        return None if near is None else min(1.0, near / classes)
     direction, _, k = metric.partition("_recall@")
     if direction == "text_to_image":
         return min(1.0, int(k) / images)

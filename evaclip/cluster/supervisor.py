@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 _PORTS = range(10_000, 30_000)  # below those that the system gives to anybody
 _PATIENCE = 5  # node_timeout_seconds in which a node hears nothing of its supervisor: SLURM's commands may take a while
-_NODES_BACK_SECONDS = 30.0  # for nodes to answer again before too few are too few
+_NODES_BACK_SECONDS = 30.0  # for nodes that the job still has to answer again, before fewer are taken or are too few
 
 
 class Supervisor:
@@ -190,8 +190,8 @@ class Supervisor:
             )
             unfit = unfit_nodes(self.attempts)
             chosen = choose([node for node in available if node not in unfit]) or choose(available)
-            awaited = min(machines.num_left, machines.num_nodes) - len(available)
-            if chosen and (awaited <= 0 or time.monotonic() > deadline):
+            awaited, over = min(machines.num_left, machines.num_nodes) - len(available), time.monotonic() > deadline
+            if chosen and (over or awaited <= 0):
                 spare = [node for node in available if node not in chosen]
                 if spare:
                     _log.info("%s spare: %d slots are shared by %d nodes", _short(spare), slots, len(chosen))
@@ -199,7 +199,7 @@ class Supervisor:
             if len(available) == machines.num_nodes:
                 # All are there, and do not divide the work: say so as a single machine would.
                 choose_slots(config.train.global_batch, machines.num_nodes * machines.ranks_per_node, slots)
-            if time.monotonic() > deadline or machines.num_left < (config.cluster.min_nodes or machines.num_nodes):
+            if over or machines.num_left < (config.cluster.min_nodes or machines.num_nodes):
                 self._why_too_few = self._reason(len(available), slots)
                 break  # what SLURM has taken away from the job does not come back
             self._sleep(1.0)
@@ -207,19 +207,16 @@ class Supervisor:
 
     def _slots(self) -> int:
         """Of the run's data order: those of its newest checkpoint, else what the configuration says."""
-        config = self.config
-        while True:
+        own = None
+        while not self.request.numbers:
             try:
                 saved = complete(self.run_dir / "checkpoints")
                 own = saved_slots(saved[-1]) if saved else None
+                break
             except OSError as error:
                 _log.warning("%s cannot be read, waiting for it: %s", self.run_dir, error)
                 self._sleep(10.0)
-                if self.request.numbers:
-                    own = None  # nothing will be started
-                else:
-                    continue
-            return own or choose_slots(config.train.global_batch, 1, config.data.slots)
+        return own or choose_slots(self.config.train.global_batch, 1, self.config.data.slots)
 
     def _reason(self, available: int, slots: int) -> str:
         """Why nothing is started with so many nodes."""

@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from safetensors.numpy import load, save
 from evaclip.data.storage import NotThereError, as_stream, is_remote, open_file
 from evaclip.data.tar import Gap, scan, split_name
 from evaclip.errors import DataError
+from evaclip.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -184,18 +184,11 @@ def index_path(location: str | Path, index_dir: str | None) -> str:
 
 
 def save_index(index: ShardIndex, path: str | Path) -> None:
-    """Write an index so that half a file never looks like a whole one."""
+    """Write an index; several processes may."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_to_bytes(index))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(_to_bytes(index))
 
 
 def _to_bytes(index: ShardIndex) -> bytes:

@@ -20,6 +20,7 @@ from webdataset.writer import TarWriter
 
 from evaclip.config.base import URL_SCHEMES
 from evaclip.errors import DataError
+from evaclip.files import replacing
 
 webdataset.utils.enforce_security = True  # type: ignore[attr-defined]
 
@@ -174,11 +175,6 @@ def _all_zero(file: IO[bytes], position: int, size: int) -> bool:
 
 def write_tar(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write records as one tar; members carry fixed times and owners, so equal records make equal bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        with contextlib.closing(TarWriter(file, mtime=0.0)) as tar:
-            for key, members in records:
-                tar.write({"__key__": key, **members})  # type: ignore[no-untyped-call]
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file, contextlib.closing(TarWriter(file, mtime=0.0)) as tar:
+        for key, members in records:
+            tar.write({"__key__": key, **members})  # type: ignore[no-untyped-call]

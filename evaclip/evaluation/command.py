@@ -15,7 +15,16 @@ from evaclip.engine.prepare import PreparedTowers
 from evaclip.errors import ConfigError, DataError, writing
 from evaclip.evaluation import format_table, measure, open_bench, write_results
 from evaclip.evaluation.results import Result
-from evaclip.evaluation.suite import Outcome, Row, format_suite, missing_sets, placed, rows_of, write_suite
+from evaclip.evaluation.suite import (
+    Outcome,
+    Row,
+    averages_of,
+    format_suite,
+    missing_sets,
+    placed,
+    rows_of,
+    write_suite,
+)
 from evaclip.evaluation.suite_plot import plot_suite
 from evaclip.loss import Similarity
 from evaclip.weights.origin import ABOUT
@@ -162,6 +171,7 @@ def _measure_suite(opened: _Opened, suite: SuiteConfig, request: Request) -> lis
                 if output:
                     write_suite(output, rows, about)
     results = [result for outcome in outcomes.values() for result in outcome.results.values()]
+    results += averages_of(suite, rows)
     if ranks.is_main:
         print(f"{opened.name}\n{format_suite(rows)}", flush=True)  # noqa: T201  what the command is for
         if output:

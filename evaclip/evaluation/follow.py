@@ -32,8 +32,9 @@ from evaclip.checkpoint_names import complete, step_of
 from evaclip.distributed import agreed, started
 from evaclip.errors import ConfigError, RunLockedError, writing
 from evaclip.evaluation.command import Request, measure_model
-from evaclip.evaluation.results import Result, write_json
+from evaclip.evaluation.results import Result
 from evaclip.evaluation.suite import placed
+from evaclip.files import write_json
 from evaclip.followed import FOLDER, RESULTS, read_results
 from evaclip.history import append_rows, cut_rows
 from evaclip.lock import holder, lock

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from evaclip.files import write_json
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,10 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
                 "predictions": result.predictions.predicted,
             }
             found |= {} if result.templates is None else {"templates": result.templates}
-            write_json(folder / "predictions" / f"{result.name}.json", found, indent=None)
+            (folder / "predictions").mkdir(parents=True, exist_ok=True)
+            write_json(folder / "predictions" / f"{result.name}.json", found)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", summary, indent=2)
-
-
-def write_json(path: Path, value: Any, *, indent: int | None) -> None:
-    """Write a value whole or not at all."""
-    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def format_table(results: Sequence[Result]) -> str:

@@ -17,8 +17,9 @@ from evaclip.data.shards import missing_files
 from evaclip.data.storage import is_remote
 from evaclip.data.tar import expand_names
 from evaclip.errors import ConfigError
-from evaclip.evaluation.results import Result, write_json, write_text
-from evaclip.metrics import EVAL_METRICS, TEMPLATE_METRICS
+from evaclip.evaluation.results import Result
+from evaclip.files import write_json, write_text
+from evaclip.metrics import AVERAGE_METRICS, EVAL_METRICS, TEMPLATE_METRICS
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,23 @@ def rows_of(suite: SuiteConfig, outcomes: Mapping[str, Outcome], model: str | No
     return compared
 
 
+def averages_of(suite: SuiteConfig, rows: Sequence[Row]) -> list[Result]:
+    """The averages that have a value, as results: of the task ``average``, with ``mean`` and perhaps ``gap``.
+
+    Args:
+        suite: Names them.
+        rows: Of ``rows_of``.
+    """
+    found: list[Result] = []
+    for name, average in suite.averages.items():
+        values = [row.value for row in rows if row.name == name]
+        metrics = {metric: value for metric, value in zip(AVERAGE_METRICS, values, strict=False) if value is not None}
+        if metrics:
+            firsts = {row.name: row.records or 0 for row in reversed(rows)}
+            found.append(Result(name, "average", metrics, sum(firsts[member] for member in average.of)))
+    return found
+
+
 def _published(sources: Sequence[Published], keys: Sequence[str]) -> Iterator[tuple[float, str]]:
     return ((rows.values[key] / 100, rows.source) for rows in sources for key in keys if key in rows.values)
 
@@ -202,6 +220,7 @@ def write_suite(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> 
             for value, source in row.published
         ]
         plain.append({**asdict(row), "published": published})
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "suite.json", {**about, "rows": plain}, indent=2)
     heading = "\n".join(f"- {key}: {value}" for key, value in about.items() if value is not None)
     write_text(folder / "suite.md", f"# Evaluation suite\n\n{heading}\n\n{format_suite(rows)}\n")

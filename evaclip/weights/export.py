@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evaclip.checkpoint import file_checksum
-from evaclip.checkpoint_writer import flush
 from evaclip.config import ModelConfig
 from evaclip.config.tokenizer_file import TOKENIZER, read_tokenizer
 from evaclip.errors import WeightsError, writing
+from evaclip.files import flush
 from evaclip.models.clip import CLIP
 from evaclip.models.vision import ImageTower
 from evaclip.weights.express import (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from evaclip.cluster import behind, node, status_file
 from evaclip.cluster import watch as module
 from evaclip.cluster.watch import Ending, Launchers, StopSignals, Watch
 from evaclip.config import ClusterConfig
@@ -223,3 +224,14 @@ def test_reports_of_an_attempt_before_are_no_signs_of_this_one():
     old = {**alive("n1", 0, step=99, age=1e6), "attempt": 0}
     ending, _ = watched([old], BOTH, [left(node, rank, 0) for rank, node in enumerate(NODES)])
     assert (ending.cause, ending.step) == ("complete", 7)
+
+
+def test_times_that_lean_on_one_another_fit():
+    kill_wait = 30  # SLURM's default
+    assert node._FAILED_SECONDS < module._OTHERS_SECONDS, "a node kills its own ranks before all are killed"
+    assert node._DYING_SECONDS < module._KILL_SECONDS, "and says so before it is given up"
+    leaving = module._KILL_SECONDS + module._LEAVE_SECONDS + 2 * behind._LEAVING_SECONDS
+    assert leaving < module._LAST_SECONDS, "a run that is ended for its time is back in the queue before that is over"
+    assert kill_wait / 2 > node._ORPHANED_SECONDS + node._FRESH_SECONDS
+    assert kill_wait / 2 > node._ENDING_SECONDS + node._FRESH_SECONDS
+    assert node._FRESH_SECONDS > 4 * status_file._SECONDS, "a living supervisor is seen, even by a slow file system"

@@ -14,12 +14,13 @@ from evaclip.config import SuiteConfig
 from evaclip.data.shards import write_shards
 from evaclip.errors import ConfigError
 from evaclip.evaluation.results import Result
-from evaclip.evaluation.suite import Outcome, format_suite, rows_of
+from evaclip.evaluation.suite import Outcome, averages_of, format_suite, rows_of
 from evaclip.metrics import EVAL_METRICS
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ["cat", "dog", "red bicycle", "house", "tree at night", "boat"]
 RECALLS = EVAL_METRICS["retrieval"]
+AVERAGE_ROWS = {"mean": "mean of 2", "gap": "gap: shards - mean"}
 TREE = {
     "root": "/sets",
     "datasets": {
@@ -76,6 +77,10 @@ def test_values_averages_and_gap_follow_the_suite():
     assert rows["family", "mean of 2"].value == pytest.approx(0.6)
     assert rows["family", "gap: one - mean"].value == pytest.approx(0.2)
     assert rows["all", "mean of 4"].value == pytest.approx(fmean([0.8, 0.4, 0.6, 0.4]))
+    family, everything = averages_of(suite_of(), [*rows.values()])
+    assert (family.name, family.task, family.num_records) == ("family", "average", 80)
+    assert family.metrics == {"mean": pytest.approx(0.6), "gap": pytest.approx(0.2)}
+    assert everything.metrics == {"mean": rows["all", "mean of 4"].value}
 
 
 @pytest.mark.parametrize("lacking", ["one", "two"])
@@ -86,6 +91,7 @@ def test_an_average_that_lacks_a_set_has_no_value_and_names_it(lacking):
     assert found["family", "mean of 2"].note == f"incomplete: 1 of 2 sets have no value: {lacking}"
     assert found["family", "gap: one - mean"].value is None
     assert found["all", "mean of 4"].value is None
+    assert averages_of(suite_of(), rows) == []
     (row,) = (row for row in rows if row.name == lacking)
     assert (row.value, row.note) == (None, "missing: /sets/x does not exist")
 
@@ -247,6 +253,7 @@ def test_a_suite_measures_what_is_there_and_lists_what_is_not(sets, checkpoint, 
     whole = json.loads((tmp_path / "out/evaluation.json").read_text())
     rows = {(row["name"], row["metric"]): row for row in found["rows"]}
     assert found["model"] == "tiny-ViT"
+    average = whole.pop("here")
     assert set(whole) == {"shards.crop", "shards.squash", "folders", "pairs", "probed"}
     for name, expected in whole.items():
         folder, _, mode = name.partition(".")
@@ -273,6 +280,7 @@ def test_a_suite_measures_what_is_there_and_lists_what_is_not(sets, checkpoint, 
     assert rows["shards", "top1"]["published"] == [{"value": 0.5, "source": "a paper", "difference": best - 0.5}]
     assert "single templates" in rows["shards", "top1"]["note"]
     assert rows["here", "mean of 2"]["value"] == fmean([best, whole["folders"]["metrics"]["mean_per_class"]])
+    assert average["metrics"] == {name: rows["here", row]["value"] for name, row in AVERAGE_ROWS.items()}
     assert rows["probed", "mean_per_class"]["value"] == whole["probed"]["metrics"]["mean_per_class"]
     assert rows["elsewhere", "top1"]["value"] is None
     assert rows["elsewhere", "top1"]["note"] == f"missing: {tmp_path / 'sets/elsewhere'} does not exist"

@@ -66,6 +66,7 @@ def test_chance_levels_of_classification_and_text_to_image_recall():
     assert report.chance("top5", classes=4) == 1
     assert report.chance("text_to_image_recall@5", images=50, captions=250) == 0.1
     assert report.chance("loss") is None
+    assert report.chance("log10_l2", classes=10) is None  # of a linear probe
 
 
 def test_confusion_counts_true_classes_in_rows_and_leaves_out_what_has_no_prediction():
