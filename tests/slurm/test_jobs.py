@@ -186,4 +186,4 @@ def test_preflight_names_the_node_that_is_not_as_the_others(cluster: VirtualClus
     rows = [json.loads(line) for line in (tmp_path / "run/restarts.jsonl").read_text().splitlines()]
     assert [(row["what"], row["action"]) for row in rows] == [("preflight", "restart"), ("preflight", "stop")]
     assert all("preflight found 1 problems: n2: numpy 0.1, elsewhere " in row["detail"] for row in rows)
-    assert [row["blamed"] for row in rows] == [None, None], "not the node that found it"
+    assert [row["blamed"] for row in rows] == ["n2", "n2"], "not the node that found it"
