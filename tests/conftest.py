@@ -19,6 +19,14 @@ def colour_shards(tmp_path_factory):
 
 
 @pytest.fixture
+def run_dir(tmp_path):
+    """An empty run directory."""
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
 def no_wandb_account(tmp_path, monkeypatch):
     """No key, no settings, no home: what a fresh machine knows of W&B."""
     for name in os.environ:

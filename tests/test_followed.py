@@ -49,13 +49,6 @@ tracker.finish()
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
-
-
 def session(run_dir, mode, *, restored, last, end="finish", **kwargs):
     """Train from a checkpoint to a step in a process of its own, while somebody measures every third step."""
     command = [sys.executable, "-c", SESSION, str(run_dir), mode, str(restored), str(last), end]

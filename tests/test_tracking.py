@@ -42,13 +42,6 @@ tracker.finish()
 pytestmark = pytest.mark.usefixtures("no_wandb_account")
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
-
-
 def session(run_dir, mode, *, attempt, restored, last, committed, end="finish", **kwargs):
     """Run a training session in a process of its own; returns it, ended."""
     command = [sys.executable, "-c", SESSION, str(run_dir), mode, *map(str, (attempt, restored, last, committed)), end]
