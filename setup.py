@@ -12,6 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
+    # An editable install then is a plain path, which a folder of that name beside a user's script does not hide.
+    package_dir={"": "."},
     packages=find_packages(include=["evaclip", "evaclip.*"]),
     package_data={"evaclip.data": ["bpe_simple_vocab_16e6.txt.gz"], "evaclip": ["py.typed"]},
     install_requires=[

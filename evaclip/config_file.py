@@ -154,7 +154,7 @@ def _explain(error: ValidationError, section: type[BaseModel]) -> Iterator[str]:
             message = "unknown key"
             candidates = {re.sub(r"\bNAME\b", part, path) for path in known for part in _names(where)}
             close = difflib.get_close_matches(where, sorted(candidates), n=1, cutoff=0.75)
-            message += f"; did you mean {close[0]}?" if close else ""
+            message += f"; did you mean {close[0]}?" if close and close[0] != where else ""
         elif not isinstance(problem["input"], Mapping | BaseModel):
             message += f" (got {problem['input']!r})"
         for line in message.splitlines():

@@ -63,6 +63,7 @@ def writing(what: str, kind: type[EvaclipError] = EvaclipError) -> Generator[Non
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # numpy tells of a full disk in words alone
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error)
         remedy = "free some space" if full else "choose a folder that can be written"
         raise kind(f"{what} cannot be written: {error.strerror or error}; {remedy}, and start again") from error

@@ -16,6 +16,7 @@ all. What follows from it, as what is measured then, is computed again where a r
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -140,7 +141,7 @@ def _tuned(stored: Stored, source: str, sets: Sets, config: FinetuneConfig, rank
 def _bench(clip: CLIP, towers: PreparedTowers, config: FinetuneConfig, ranks: Ranks) -> Bench:
     share = config.batch // ranks.world_size
     batch = min(config.micro_batch or share, share)
-    return open_bench(towers, clip.config, ranks, batch=batch, workers=config.workers, max_image_pixels=MAX_PIXELS)
+    return open_bench(towers, clip.config, ranks, batch=batch, workers=_workers(config), max_image_pixels=MAX_PIXELS)
 
 
 def _engine(clip: CLIP, config: FinetuneConfig, ranks: Ranks) -> TorchEngine:
@@ -195,7 +196,7 @@ def _learn(
     firsts = (step * config.batch + ranks.rank * share for step in range(state.step, steps))
     spans = [span for first in firsts for span in in_batches(range(first, first + share), bench.batch)]
     samples, pin = Samples(sets, clip.config.image, config), ranks.device.type == "cuda"
-    stream = batches(samples, spans, workers=config.workers, pin=pin)
+    stream = batches(samples, spans, workers=_workers(config), pin=pin)
     loss = torch.tensor(state.loss, dtype=torch.float64, device=ranks.device)
     with tqdm(total=steps, initial=state.step, unit=" updates", disable=not ranks.is_main or None) as bar:
         while state.step < steps:
@@ -291,6 +292,10 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
         write_json(out / _ABOUT, about, indent=2)
+
+
+def _workers(config: FinetuneConfig) -> int:
+    return min(config.workers, len(os.sched_getaffinity(0)))
 
 
 def _save(path: Path, engine: TorchEngine, state: _State) -> None:

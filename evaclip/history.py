@@ -112,7 +112,8 @@ class History:
         """Cut the rows after ``step``, the restored one; the rest is final. -1 cuts everything."""
         keep = bisect_right(self._steps, step)
         if keep < len(self._steps):
-            kept = f"; {self._keep_old()}" if keep == 0 else ""  # perhaps the checkpoints are missing by mistake
+            # Perhaps the checkpoints are missing by mistake.
+            kept = f"; {self._keep_old()}; no checkpoint is left, training starts anew" if keep == 0 else ""
             level = logging.WARNING if kept else logging.INFO
             _log.log(level, "%s: cut %d rows after step %d%s", self.path, len(self._steps) - keep, max(step, 0), kept)
             self._cut(keep, self._offsets[keep])

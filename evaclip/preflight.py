@@ -88,10 +88,9 @@ def preflight(config: RunConfig) -> None:
         speed = _all_reduce(ranks)
         if ranks.is_main:
             apart = max(clocks.values()) - min(clocks.values())
-            print(  # noqa: T201  as above
-                f"all-reduce over {ranks.world_size} ranks: {speed:.2f} GB/s per rank; clocks within {apart:.2f} s",
-                flush=True,
-            )
+            reduced = f"all-reduce over {ranks.world_size} ranks: {speed:.2f} GB/s per rank"
+            reduced = reduced if ranks.world_size > 1 else "one rank: no all-reduce"
+            print(f"{reduced}; clocks within {apart:.2f} s", flush=True)  # noqa: T201  as above
             for node, seconds in _wrong_clocks(clocks):
                 log.warning("%s: its clock is %+.1f s from the others'; logs will not fit together", node, seconds)
 

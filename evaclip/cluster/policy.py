@@ -98,7 +98,8 @@ def _after_a_stop(attempts: Sequence[Attempt], config: ClusterConfig, back: Acti
     """What follows being asked to stop: the same again, unless that leads nowhere."""
     idle = sum(1 for _ in takewhile(lambda a: a.saved == attempts[-1].saved, reversed(attempts)))
     if idle <= config.max_restarts:
-        return Decision(back, "the run is saved; the same command continues it")
+        goes_on = "the job goes on by itself" if back == "requeue" else "a requeue or the same command continues it"
+        return Decision(back, f"the run is saved, {goes_on}")
     return Decision(
         "stop",
         f"{idle} starts in a row ended without a new checkpoint: a start or a checkpoint takes longer than the job's "

@@ -58,4 +58,4 @@ class FinetuneConfig(Section):
     seed: NonNegativeInt = 0
     """Of the order, crops and skipped branches."""
     workers: NonNegativeInt = 4
-    """Processes per rank that read and decode; 0: this one does."""
+    """Processes per rank that read and decode, one per core at most; 0: this one does."""
