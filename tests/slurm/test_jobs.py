@@ -116,7 +116,12 @@ def test_run_goes_on_without_a_lost_node_and_takes_it_back_after_a_requeue(
     cluster.requeued(job, 1)
     wait_for(lambda: training(run, 2, beyond=alone.step), told=cluster.describe)
     wait_until(cluster, job, "COMPLETED", tmp_path)
-    assert [row["ranks"] for row in restarts(run)] == [2, 1, 2]
+    # SLURM tries for a minute to kill what ran on the lost node, and may meet the requeued job there: one more restart.
+    together, apart, *again = restarts(run)
+    assert [row["ranks"] for row in (together, apart)] == [2, 1]
+    assert again
+    assert {row["ranks"] for row in again} == {2}
+    assert {row["cause"] for row in again[:-1]} <= {"a node is gone", "a rank died"}
     weights, history = outcome(run)
     others, other_history = outcome(undisturbed)
     assert [row["step"] for row in history] == [row["step"] for row in other_history]
