@@ -110,7 +110,7 @@ def test_the_step_gets_all_gpus_of_each_node_and_none_of_sruns_variables(monkeyp
     command = job(SLURM_GPUS_ON_NODE="8", EVACLIP_SRUN_ARGUMENTS="--container-image='a b'").start_command(
         ["n1", "n3"], ["python"]
     )
-    assert {"--nodelist=n1,n3", "--ntasks=2", "--gres=gpu:8", "--container-image=a b"} <= {*command}
+    assert {"--mpi=none", "--nodelist=n1,n3", "--ntasks=2", "--gres=gpu:8", "--container-image=a b"} <= {*command}
     unset = {argument.removeprefix("--unset=") for argument in command if argument.startswith("--unset=")}
     assert {"SRUN_CPUS_PER_TASK", "SLURM_NTASKS", "SLURM_CPU_BIND"} <= unset
     assert not unset & {"SLURM_JOB_ID", "SLURM_CONF", "SLURM_NODELIST"}
