@@ -12,5 +12,5 @@
 # export EVACLIP_SRUN_ARGUMENTS="--container-image=/shared/evaclip.sqsh --container-mounts=/shared"  # pyxis
 # export NCCL_IB_HCA=mlx5                                 # only these adapters, where others are for storage
 # export WANDB_API_KEY=$(cat ~/.wandb_key)                # from a file of mode 600, never on a command line
-# export WANDB_MODE=offline                               # where nodes do not reach the internet; evaclip wandb-sync later
+# export WANDB_MODE=offline                               # where nodes do not reach the internet; `wandb sync` later (docs/tracking.md)
 # export SCRATCH=/scratch/$USER                           # for ${SCRATCH} in paths of the configuration
